@@ -1,0 +1,67 @@
+# `make` lists what there is. One setting that matters is TORCH, see `make help`.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.manray-ready
+TORCH ?= $(shell grep -m1 '^torch==' constraints.txt)
+ARGS ?=
+
+.PHONY: help setup quickstart check test bench clean
+
+help: ## this list
+	@echo "manray: a list of pictures on the web to a served text-to-image model, on Ray"
+	@echo
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@echo
+	@echo "  ARGS=\"…\"     is appended to the command: make quickstart ARGS=\"--output runs/mine\""
+	@echo "  PYTHON=…     the Python 3.11 or 3.12 to build $(VENV) with (default: the first found)"
+	@echo "  TORCH=\"…\"    what pip installs for torch (default: $(TORCH)). On Linux that may be the"
+	@echo "               CUDA build, gigabytes larger; for another build, name its index:"
+	@echo "               make setup TORCH=\"$(TORCH) --index-url URL_OF_THE_CPU_INDEX\""
+
+setup: $(READY) ## make .venv (again, if pyproject.toml or constraints.txt changed)
+
+quickstart: $(READY) ## the whole way at a small size: about 10 minutes on 2 cores
+	$(BIN)/python -m jobs.quickstart tiny $(ARGS)
+
+check: $(READY) ## format, lint, types, who imports whom
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: $(READY) ## unit and integration tests: under 15 minutes on 2 cores
+	$(BIN)/pytest tests/unit tests/integration -m "not chaos and not gpu" $(ARGS)
+
+bench: $(READY) ## side by side with peers, into runs/bench/TOPIC.json
+	$(BIN)/python -m tests.benchmarks.run $(ARGS)
+
+clean: ## delete caches; never runs/, never .venv
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis build *.egg-info
+	find models pipelines jobs tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first and alone: resolved together with the rest, pip tries many builds of it. Then one
+# command for everything else, so that nothing is resolved without knowing of the others.
+$(READY): pyproject.toml constraints.txt
+	@set -euo pipefail; \
+	if [ ! -x $(BIN)/python ]; then \
+	  for python in $(or $(PYTHON),python3.11 python3.12 python3); do \
+	    if "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
+	      2>/dev/null; then found="$$python"; break; fi; \
+	  done; \
+	  if [ -z "$${found:-}" ]; then \
+	    echo "manray needs Python 3.11 or 3.12 (img2dataset breaks on 3.13), and $(or $(PYTHON),none) is not it:" >&2; \
+	    echo "install one, or name it: make $(or $(MAKECMDGOALS),setup) PYTHON=/path/to/python3.12" >&2; \
+	    exit 2; \
+	  fi; \
+	  echo "making $(VENV) with $$("$$found" --version)"; \
+	  "$$found" -m venv $(VENV) || { rm -rf $(VENV); \
+	    echo "could not make $(VENV): on Debian, apt install python3-venv" >&2; exit 2; }; \
+	fi
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test,dev,bench]'
+	@touch $@

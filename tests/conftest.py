@@ -1,0 +1,75 @@
+"""What every test stands on: an environment of its own, and one small Ray for those that need it.
+
+Tests of tests/unit never ask for `ray_cluster`; Ray is not even imported for them.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+RAY_CPUS = (
+    4  # logical: two workers of a training and the stages of a read must fit beside each other
+)
+OBJECT_STORE_BYTES = 200 * 1024 * 1024
+
+# Set before any test module imports ray or mlflow, which read some of these when imported.
+_PRIVATE = Path(tempfile.mkdtemp(prefix="mr", dir="/tmp"))  # short: Ray's sockets lie below it
+os.environ |= {
+    "RAY_ADDRESS": "local",  # never join a cluster that happens to run here
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN_PATH": str(_PRIVATE / "auth_token"),
+    "RAY_TMPDIR": str(_PRIVATE / "ray"),
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
+    "MLFLOW_TRACKING_URI": f"sqlite:///{_PRIVATE}/mlflow.db",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "NO_ALBUMENTATIONS_UPDATE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "disabled",
+    # Two cores, and several processes at once: more threads than this only wait for each other.
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+for _name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "RAY_API_SERVER_ADDRESS", "RAY_JOB_ID"):
+    os.environ.pop(_name, None)
+
+_TOKEN = _PRIVATE / "auth_token"
+_TOKEN.touch(mode=0o600)
+_TOKEN.write_text(os.urandom(32).hex())
+
+# A busy machine is slow, not wrong; and a test that fails must fail again.
+hypothesis.settings.register_profile("manray", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("manray")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_PRIVATE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def private_directory() -> Path:
+    """A directory with a short name that ends with the session."""
+    return _PRIVATE
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(private_directory: Path) -> Iterator[None]:
+    """A local Ray of four logical processors, shared by the whole session."""
+    import ray
+
+    ray.init(
+        num_cpus=RAY_CPUS,
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        _temp_dir=str(private_directory / "ray"),
+    )
+    yield
+    ray.shutdown()
