@@ -1,0 +1,1 @@
+"""One verb a file, run as ``python -m jobs.VERB PRESET --overrides``."""

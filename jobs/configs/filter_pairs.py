@@ -1,0 +1,41 @@
+"""What jobs.filter_pairs can be told."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jobs.configs.job import Job
+from pipelines.data.filtering import FilterConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterPairsJob(Job):
+    """Keep the pairs that are worth learning from."""
+
+    raw: Path = Path("runs/paper/raw")
+    """Dataset made by jobs.download_pairs."""
+    output: Path = Path("runs/paper/filtered")
+    """Dataset directory to make; run the same line again to go on where it stopped."""
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    cpus_per_shard: float = 1.0
+    """Processors that Ray reserves for a shard."""
+
+    def __post_init__(self) -> None:
+        if self.cpus_per_shard <= 0:
+            raise ValueError(f"cpus_per_shard must be positive, got {self.cpus_per_shard}")
+
+
+PRESETS = {
+    "tiny": (
+        "the quickstart's: pictures from 64 px on; seconds",
+        FilterPairsJob(
+            raw=Path("runs/quickstart/raw"),
+            output=Path("runs/quickstart/filtered"),
+            filter=FilterConfig(min_side=64),
+            cpus_per_shard=2.0,
+        ),
+    ),
+    "paper": (
+        "the paper's filters with our thresholds, pictures from 256 px on",
+        FilterPairsJob(),
+    ),
+}

@@ -1,0 +1,254 @@
+"""What every job does the same way: parse, say, connect, end with a code.
+
+Exit codes: 0 done (or nothing to do), 1 failed, 2 refused (a flag, a preset or an input is wrong
+and nothing was written), 130 interrupted (run the same line again to go on).
+"""
+
+import difflib
+import errno
+import json
+import logging
+import os
+import secrets
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from pipelines.data.storage import canonical_json
+
+if TYPE_CHECKING:
+    from jobs.configs.job import Job
+
+# These libraries phone home, or print a page, unless they are told not to.
+QUIET_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "NO_ALBUMENTATIONS_UPDATE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "disabled",
+}
+# A dead MLflow server must cost seconds, not its default of seven retries of two minutes each.
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+OBJECT_STORE_BYTES = 256 * 1024 * 1024
+
+# State of this process: whether it started Ray, and whether jobs share it.
+_ray_is_ours: list[bool] = []
+_sharing: list[bool] = []
+
+Body = Callable[[Any], dict[str, Any]]
+Plan = Callable[[Any], list[str]]
+
+
+def run_job(
+    verb: str,
+    presets: Mapping[str, tuple[str, "Job"]],
+    body: Body,
+    argv: Sequence[str] | None,
+    plan: Plan,
+) -> int:
+    """Parse the arguments, run the job, print its summary as one JSON line, return the exit code.
+
+    `plan` gives the lines that ``--dry-run`` prints below the config. ValueError and
+    FileNotFoundError are the user's to mend and exit with 2; everything else is a failure and exits
+    with 1.
+    """
+    set_environment()
+    job = parse(verb, presets, sys.argv[1:] if argv is None else list(argv))
+    if isinstance(job, int):
+        return job
+    try:
+        if job.dry_run:
+            print(canonical_json(_plain(asdict(job))).decode(), end="")
+            print("\n".join(plan(job)))
+            return 0
+        started = time.monotonic()
+        summary: dict[str, Any] = {"job": verb} | body(job)
+        summary.setdefault("seconds", round(time.monotonic() - started, 1))
+        print(json.dumps(_plain(summary)), flush=True)
+        return 0
+    except SystemExit as end:  # a job within this job has said what is wrong
+        return int(end.code or 0)
+    except KeyboardInterrupt:
+        print(f"{verb}: interrupted; run the same line again to go on", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return _say(verb, error)
+
+
+def parse(verb: str, presets: Mapping[str, tuple[str, "Job"]], argv: list[str]) -> Any:
+    """The job's config, or an exit code if the arguments ask for help or are wrong."""
+    if argv and not argv[0].startswith("-") and argv[0] not in presets:
+        near = difflib.get_close_matches(argv[0], presets, n=3, cutoff=0.4) or list(presets)
+        print(
+            f"{verb}: the preset must be one of {', '.join(presets)}, got {argv[0]!r}; "
+            f"did you mean {' or '.join(near)}?",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        return tyro.extras.overridable_config_cli(
+            dict(presets), args=argv, prog=f"python -m jobs.{verb}"
+        )
+    except SystemExit as end:
+        return int(end.code or 0)
+    except ValueError as error:  # a config that refuses its own values
+        print(f"{verb}: {error}", file=sys.stderr)
+        return 2
+
+
+def set_environment() -> None:
+    """Defaults that a user's own environment overrides."""
+    for name, value in (QUIET_ENVIRONMENT | PATIENCE).items():
+        os.environ.setdefault(name, value)
+    if os.environ.get("RAY_ADDRESS", "local") == "local":
+        # Ray reads it when it is imported, so it is too late where Ray is started.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+@contextmanager
+def ray_session(num_cpus: int = 4) -> Iterator[None]:
+    """Use the Ray that runs (this process's, or RAY_ADDRESS's), else a private one on this machine.
+
+    `num_cpus` counts the logical processors of the private one: a pipeline's stages hold one each,
+    and with fewer than four of them a two-worker training or a streaming read can wait for itself
+    for ever.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        _start_ray(num_cpus)
+        _ray_is_ours.append(True)
+    elif not _ray_is_ours:  # a test's, say: its owner ends it
+        yield
+        return
+    try:
+        yield
+    finally:
+        if not _sharing:
+            _ray_is_ours.clear()
+            ray.shutdown()
+
+
+@contextmanager
+def shared_ray() -> Iterator[None]:
+    """Within it, the first `ray_session` starts Ray and the later ones use the same."""
+    _sharing.append(True)
+    try:
+        yield
+    finally:
+        _sharing.clear()
+        if _ray_is_ours:
+            import ray
+
+            _ray_is_ours.clear()
+            ray.shutdown()
+
+
+def _start_ray(num_cpus: int) -> None:
+    import ray
+
+    if os.environ.get("RAY_ADDRESS", "local") != "local":
+        ray.init(logging_level=logging.WARNING)
+    else:
+        _make_private_token()
+        ray.init(
+            address="local",
+            num_cpus=max(num_cpus, os.cpu_count() or 1),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+            _temp_dir=_temporary_directory(),
+        )
+
+
+def _make_private_token() -> None:
+    """Ray 2.60 would make the token itself, readable by everybody on the machine."""
+    default = Path.home() / ".ray" / "auth_token"
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or default)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_hex(32))
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, or the SQLite file under runs/ of the current directory."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
+
+
+def nothing_to_do(what: Path) -> None:
+    """Say that a job found its output whole."""
+    print(f"nothing to do: {what} is there and was made with these settings", flush=True)
+
+
+def _say(verb: str, error: BaseException) -> int:
+    """Print what went wrong in the user's words; the exit code."""
+    cause = _root_cause(error)
+    if isinstance(cause, (ValueError, FileNotFoundError, NotADirectoryError)):
+        print(f"{verb}: {cause}", file=sys.stderr)
+        return 2
+    if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+        place = f" ({cause.filename})" if cause.filename else ""
+        print(
+            f"{verb}: the disk is full{place}; nothing that was committed is harmed: "
+            "make space and run the same line again",
+            file=sys.stderr,
+        )
+        return 1
+    if isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE:
+        print(f"{verb}: the port is taken: {cause}; choose another --port", file=sys.stderr)
+        return 2
+    traceback.print_exception(error)
+    print(f"{verb}: failed: {type(cause).__name__}: {cause}", file=sys.stderr)
+    return 1
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The error that a worker met, out of the wrappers that Ray puts around it."""
+    seen = {id(error)}
+    while True:
+        inner = getattr(error, "cause", None)
+        failures = getattr(error, "worker_failures", None)  # Ray Train: one error a rank
+        if not isinstance(inner, BaseException) and isinstance(failures, dict) and failures:
+            inner = next(iter(failures.values()))
+        if not isinstance(inner, BaseException) and _is_wrapper(error):
+            inner = error.__cause__
+        if not isinstance(inner, BaseException) or id(inner) in seen:
+            return error
+        seen.add(id(inner))
+        error = inner
+
+
+def _is_wrapper(error: BaseException) -> bool:
+    return type(error).__module__.partition(".")[0] == "ray"
+
+
+def _temporary_directory() -> str:
+    """A short path: Ray puts unix sockets below it, whose names may have 107 characters."""
+    return os.environ.get("RAY_TMPDIR") or str(
+        Path(tempfile.gettempdir()) / f"manray-{os.getuid()}"
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Values as JSON knows them."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value

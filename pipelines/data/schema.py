@@ -1,0 +1,55 @@
+"""The columns of every dataset on disk."""
+
+import pyarrow as pa
+
+SCHEMA_VERSION = "1"
+
+RAW = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("url", pa.string(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("image", pa.binary(), nullable=False),  # re-encoded, never the web's own bytes
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("original_width", pa.int32(), nullable=False),
+        pa.field("original_height", pa.int32(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),  # of the bytes as fetched
+    ]
+)
+
+FILTERED = RAW
+
+DROPPED = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("url", pa.string()),
+        pa.field("caption", pa.string()),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string()),
+    ]
+)
+
+
+def tokens_schema(grid: int, *, dvae_sha256: str, tokenizer_sha256: str) -> pa.Schema:
+    """Columns of a token shard; `grid` is the number of tokens a side.
+
+    Image tokens are little-endian uint16 in a fixed-size binary: Parquet has no 16-bit integer, so
+    a list<uint16> would be stored as int32, twice the bytes and many times slower to read.
+    """
+    return pa.schema(
+        [
+            pa.field("key", pa.string(), nullable=False),
+            pa.field("caption", pa.string(), nullable=False),
+            pa.field("image_tokens", pa.binary(2 * grid * grid), nullable=False),
+            pa.field("crop_size", pa.int32(), nullable=False),
+            pa.field("crop_left", pa.int32(), nullable=False),
+            pa.field("crop_top", pa.int32(), nullable=False),
+        ],
+        metadata={
+            "manray.schema_version": SCHEMA_VERSION,
+            "manray.grid": str(grid),
+            "manray.dvae_sha256": dvae_sha256,
+            "manray.tokenizer_sha256": tokenizer_sha256,
+        },
+    )
