@@ -1,0 +1,38 @@
+"""Settings of `jobs.quickstart`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from jobs.configs import train_dvae, train_prior
+from jobs.configs.job import Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartJob(Job):
+    """From a list of URLs to a served model, on the pictures that ship with manray."""
+
+    output: Path = Path("runs/quickstart")
+    pictures: int = 256
+    """Pictures of the corpus in the URL list, besides nine bad rows as the web has them."""
+    dvae_steps: int = train_dvae.TINY.training.steps
+    """Updates of the dVAE."""
+    prior_steps: int = train_prior.TINY.training.steps
+    """Updates of the prior."""
+    web_port: int = 8790
+    """Loopback port that serves the corpus; part of the URLs, so part of the data's digest."""
+    port: int = 8000
+    """Loopback port that the trained model is served on."""
+    keep_serving: Literal["on_terminal", "always", "never"] = "on_terminal"
+    """Whether to go on serving at the end until Ctrl-C."""
+
+
+PRESETS: dict[str, tuple[str, QuickstartJob]] = {
+    "tiny": ("256 pictures, about seven minutes on two CPU cores.", QuickstartJob()),
+    "smoke": (
+        "48 pictures and a few steps, about two minutes: every part runs, nothing is learned.",
+        QuickstartJob(
+            output=Path("runs/smoke"), pictures=48, dvae_steps=40, prior_steps=40, web_port=8791
+        ),
+    ),
+}

@@ -1,0 +1,54 @@
+"""Settings of `jobs.sample`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jobs.configs.job import Job
+from pipelines.sampling.engine import SamplingConfig, check_seed
+from pipelines.sampling.loading import DeviceChoice
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleJob(Job):
+    """Make pictures for prompts."""
+
+    output: Path = Path("runs/12b/samples")
+    tokenizer: Path = Path("runs/12b/tokenizer/tokenizer.json")
+    dvae: Path = Path("runs/12b/dvae/dvae.safetensors")
+    prior: Path = Path("runs/12b/prior/prior.safetensors")
+    prompts: tuple[str, ...] = ("an illustration of a baby daikon radish in a tutu walking a dog",)
+    """What to draw."""
+    prompt_file: str = ""
+    """A text file with a prompt a line, instead of --prompts; empty for none."""
+    pictures_per_prompt: int = 8
+    seed: int = 0
+    """Of a prompt's first picture; the next ones have the following seeds."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    max_candidates: int = 32
+    """Pictures that are sampled at once: bounds the memory, does not change the pictures."""
+    device: DeviceChoice = "cpu_or_gpu"
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        if self.pictures_per_prompt < 1:
+            raise ValueError(
+                f"pictures_per_prompt must be at least 1, got {self.pictures_per_prompt}"
+            )
+
+
+TINY = SampleJob(
+    output=Path("runs/quickstart/samples"),
+    tokenizer=Path("runs/quickstart/tokenizer/tokenizer.json"),
+    dvae=Path("runs/quickstart/dvae/dvae.safetensors"),
+    prior=Path("runs/quickstart/prior/prior.safetensors"),
+    prompts=("red apple", "dog face", "full moon", "rocket"),
+    pictures_per_prompt=4,
+)
+
+PRESETS: dict[str, tuple[str, SampleJob]] = {
+    "tiny": ("The quickstart's model: 64 px pictures, a second for each prompt.", TINY),
+    "12b": (
+        "The paper's model: 256 px; a GPU of 80 GB, 49 GB of it for fp32 weights.",
+        SampleJob(),
+    ),
+}

@@ -1,0 +1,71 @@
+"""Settings of `jobs.train_prior`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jobs.configs.job import Job
+from jobs.workers import WorkersConfig
+from models.averaging import AveragingConfig
+from models.prior import PriorConfig
+from pipelines.training.optimizer import PriorOptimizerConfig
+from pipelines.training.prior_loop import Cadence, PriorTraining
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPriorJob(Job):
+    """Train the prior on token shards. The defaults are the paper's 12B."""
+
+    output: Path = Path("runs/12b/prior")
+    tokens: Path = Path("runs/12b/tokens")
+    """Token shards, made by encode_pairs."""
+    tokenizer: Path = Path("runs/12b/tokenizer/tokenizer.json")
+    dvae: Path = Path("runs/12b/dvae/dvae.safetensors")
+    """Decodes the pictures that are sampled on the way."""
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    training: PriorTraining = field(default_factory=PriorTraining)
+    cadence: Cadence = field(default_factory=Cadence)
+    workers: WorkersConfig = field(default_factory=lambda: WorkersConfig(num_workers=1024))
+
+
+TINY = TrainPriorJob(
+    output=Path("runs/quickstart/prior"),
+    tokens=Path("runs/quickstart/tokens"),
+    tokenizer=Path("runs/quickstart/tokenizer/tokenizer.json"),
+    dvae=Path("runs/quickstart/dvae/dvae.safetensors"),
+    prior=PriorConfig(
+        n_layers=4,
+        n_heads=3,
+        d_model=192,
+        text_len=32,
+        text_vocab_size=1024,
+        grid=8,
+        image_vocab_size=128,
+        conv_kernel=5,
+    ),
+    training=PriorTraining(
+        steps=700,
+        batch_samples=16,
+        # bf16 would be 20 times slower on a CPU without AVX-512 BF16.
+        precision="fp32",
+        resblock_scaling="always",
+        optimizer=PriorOptimizerConfig(
+            peak_lr=3e-3, warmup_steps=30, decay="cosine", beta2=0.98, clip_norm=1.0
+        ),
+        averaging=AveragingConfig(decay=0.9, every=5),
+        bpe_dropout=0.0,  # 256 captions, learned by heart
+        recompute=False,
+    ),
+    cadence=Cadence(log_every=10, checkpoint_every=100, sample_every=350),
+    workers=WorkersConfig(num_workers=2),
+)
+
+PRESETS: dict[str, tuple[str, TrainPriorJob]] = {
+    "tiny": (
+        "The quickstart's: 2.4 M parameters, an 8×8 grid, minutes on two CPU cores.",
+        TINY,
+    ),
+    "12b": (
+        "The paper's: 12.29 B parameters, 1024 GPUs of 16 GB, 430,000 updates.",
+        TrainPriorJob(),
+    ),
+}

@@ -1,0 +1,110 @@
+"""Judge a prior on a corpus: → OUTPUT/evaluation.json and OUTPUT/grid.png."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from jobs import runtime
+from jobs.configs.evaluate import PRESETS, EvaluateJob
+from jobs.progress import Progress
+from pipelines.data import plan
+from pipelines.data.stage import Manifest
+from pipelines.data.storage import canonical_json, replace_file
+from pipelines.evaluation import protocol
+from pipelines.evaluation.corpus import read_corpus
+from pipelines.sampling.api import png
+from pipelines.sampling.loading import CheckedFiles, ModelFiles, check_files, load_sampler
+from pipelines.training import tracking
+from pipelines.training.run_directory import run_tags
+from pipelines.training.token_loader import check_digest
+
+STAGE = "evaluate"
+GRID = "grid.png"
+FIGURES = "evaluation.json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return runtime.run_job(STAGE, PRESETS, evaluate, argv, describe)
+
+
+def describe(job: EvaluateJob) -> list[str]:
+    """The lines below the config of a dry run."""
+    tokens, _, _ = _check(job)
+    count = min(tokens.rows_out, job.evaluation.most_pictures)
+    return [
+        f"judge {job.prior} on {count:,} of {tokens.rows_out:,} pictures of {job.tokens}",
+        f"write {job.output / FIGURES} and {job.output / GRID}",
+    ]
+
+
+def evaluate(job: EvaluateJob) -> dict[str, Any]:
+    """Check that all inputs belong together, judge, write the figures last."""
+    tokens, filtered, checked = _check(job)
+    job.evaluation.sampling.check(checked.prior.image_vocab_size)
+    inputs = {"tokens": tokens.digest, "filtered": filtered.digest} | checked.digests
+    with plan.lease(job.output):
+        plan.claim(job.output, stage=STAGE, config=asdict(job.evaluation), inputs=inputs)
+        if (job.output / FIGURES).exists():
+            runtime.nothing_to_do(job.output / FIGURES)
+        else:
+            _evaluate(job, tokens, filtered, checked, inputs)
+    figures: dict[str, Any] = json.loads((job.output / FIGURES).read_bytes())
+    return figures | {"grid": job.output / GRID}
+
+
+def _check(job: EvaluateJob) -> tuple[Manifest, Manifest, CheckedFiles]:
+    """The inputs, each refused with both digests if it is not the one that the others name."""
+    tokens = Manifest.load(job.tokens, stage="encode_pairs")
+    filtered = Manifest.load(job.filtered, stage="filter_pairs")
+    files = ModelFiles(tokenizer=job.tokenizer, dvae=job.dvae, prior=job.prior)
+    checked = check_files(files)
+    check_digest(tokens, "filtered", filtered.digest)
+    check_digest(tokens, "tokenizer", checked.digests["tokenizer"])
+    check_digest(tokens, "dvae", checked.digests["dvae"])
+    return tokens, filtered, checked
+
+
+def _evaluate(
+    job: EvaluateJob,
+    tokens: Manifest,
+    filtered: Manifest,
+    checked: CheckedFiles,
+    inputs: dict[str, str],
+) -> None:
+    parents = {"tokens": job.tokens, "prior": job.prior.parent, "dvae": job.dvae.parent}
+    with (
+        tracking.open_run(
+            job.tracking,
+            stage=STAGE,
+            settings=asdict(job.evaluation),
+            tags=run_tags(inputs, parents),
+            directory=job.output,
+            uri=runtime.tracking_uri(),
+        ) as tracker,
+        Progress(STAGE, job.evaluation.work(tokens.rows_out), "pictures") as progress,
+    ):
+        sampler = load_sampler(checked.files, device=job.device, max_candidates=job.batch_samples)
+        corpus = read_corpus(
+            tokens,
+            filtered,
+            image_size=checked.dvae.image_size,
+            most=job.evaluation.most_pictures,
+        )
+        result = protocol.evaluate(
+            sampler,
+            corpus,
+            job.evaluation,
+            batch_samples=job.batch_samples,
+            on_rows=progress.advance,
+        )
+        replace_file(job.output / GRID, png(result.grid))
+        tracker.log_metrics(result.figures, step=0)
+        tracker.log_image("evaluation", result.grid, step=0)
+        # Last: it says that the job is done.
+        replace_file(job.output / FIGURES, canonical_json(result.figures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""The line of jobs that the quickstart runs, and their seconds."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs import (
+    download_pairs,
+    encode_pairs,
+    evaluate,
+    filter_pairs,
+    sample,
+    train_dvae,
+    train_prior,
+    train_tokenizer,
+)
+from jobs.configs.quickstart import QuickstartJob
+from pipelines.data.storage import canonical_json, replace_file
+
+DATASETS = ("raw", "filtered", "tokens")
+PROMPTS = (
+    "a picture of an avocado, food and fruit",
+    "a picture of a guitar, music and instrument",
+    "a picture of a butterfly, insect and pretty",
+    "a picture of a volcano, mountain and nature",
+    "a picture of a doughnut, food and sweet",
+    "a picture of sunglasses, eye and glasses",
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One job's line, and the directory that it makes."""
+
+    name: str
+    main: Callable[[Sequence[str] | None], int]
+    directory: str
+    arguments: tuple[str, ...] = ()
+
+
+def model_files(job: QuickstartJob) -> dict[str, Path]:
+    """The three files that sampling needs, by the names that its jobs have for them."""
+    return {
+        "tokenizer": job.output / "tokenizer" / train_tokenizer.TOKENIZER,
+        "dvae": job.output / "dvae" / train_dvae.MODEL_FILE,
+        "prior": job.output / "prior" / train_prior.PRIOR_FILE,
+    }
+
+
+def stages_of(job: QuickstartJob) -> list[Stage]:
+    """The jobs in their order."""
+    out = job.output
+    raw, filtered, tokens = f"{out}/raw", f"{out}/filtered", f"{out}/tokens"
+    files = {name: str(path) for name, path in model_files(job).items()}
+    models = ("--tokenizer", files["tokenizer"], "--dvae", files["dvae"])
+    prior = ("--prior", files["prior"])
+    return [
+        Stage("download_pairs", download_pairs.main, "raw", ("--urls", f"{out}/urls.parquet")),
+        Stage("filter_pairs", filter_pairs.main, "filtered", ("--raw", raw)),
+        Stage("train_tokenizer", train_tokenizer.main, "tokenizer", ("--filtered", filtered)),
+        Stage(
+            "train_dvae",
+            train_dvae.main,
+            "dvae",
+            ("--filtered", filtered, "--training.steps", str(job.dvae_steps)),
+        ),
+        Stage("encode_pairs", encode_pairs.main, "tokens", ("--filtered", filtered, *models)),
+        Stage(
+            "train_prior",
+            train_prior.main,
+            "prior",
+            ("--tokens", tokens, *models, "--training.steps", str(job.prior_steps)),
+        ),
+        Stage("sample", sample.main, "samples", (*models, *prior, "--prompts", *PROMPTS)),
+        Stage(
+            "evaluate",
+            evaluate.main,
+            "evaluation",
+            (*models, *prior, "--tokens", tokens, "--filtered", filtered),
+        ),
+    ]
+
+
+def line_of(job: QuickstartJob, stage: Stage) -> list[str]:
+    """What a person would type behind ``python -m jobs.VERB``."""
+    return [
+        "tiny",
+        "--output",
+        str(job.output / stage.directory),
+        "--tracking.experiment",
+        job.tracking.experiment,
+        *stage.arguments,
+    ]
+
+
+class Clock:
+    """Seconds per stage, added up over interrupted runs."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.seconds: dict[str, float] = json.loads(file.read_bytes()) if file.exists() else {}
+        self.last: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.last[name] = round(time.monotonic() - started, 1)
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + self.last[name], 1)
+            replace_file(self.file, canonical_json(self.seconds))

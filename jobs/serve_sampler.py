@@ -1,0 +1,75 @@
+"""Serve a trained model over HTTP until Ctrl-C: Ray Serve, OpenAI's Images API."""
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from jobs import deployment, runtime
+from jobs.configs.serve_sampler import PRESETS, ServeSamplerJob
+from pipelines.training import tracking
+from pipelines.training.run_directory import run_tags
+
+STAGE = "serve_sampler"
+EXAMPLE = "red apple"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return runtime.run_job(STAGE, PRESETS, serve, argv, describe)
+
+
+def describe(job: ServeSamplerJob) -> list[str]:
+    """The lines below the config of a dry run."""
+    deployment.check_model_files(job)
+    return [
+        f"serve {job.prior} as {job.model_name} at {deployment.base_url(job)}",
+        deployment.curl_line(deployment.base_url(job), EXAMPLE),
+    ]
+
+
+def serve(job: ServeSamplerJob) -> dict[str, Any]:
+    """Check port and files, serve, wait for SIGINT or SIGTERM, which end it in order."""
+    deployment.check_port(job)
+    checked = deployment.check_model_files(job)
+    settings = {"model_name": job.model_name, "limits": asdict(job.limits)}
+    with (
+        tracking.open_run(
+            job.tracking,
+            stage=STAGE,
+            settings=settings,
+            tags=run_tags(checked.digests, {"prior": job.prior.parent}),
+            directory=job.output,
+            uri=runtime.tracking_uri(),
+        ),
+        deployment.serve_in_background(job) as url,
+    ):
+        started = time.monotonic()
+        with _until_told_to_stop() as told:
+            print(f"serving {job.model_name} at {url}; Ctrl-C ends it. Try:", flush=True)
+            print(deployment.curl_line(url, EXAMPLE), flush=True)
+            told.wait()
+        served = time.monotonic() - started
+        print("stopping …", flush=True)
+    return {"url": url, "served_seconds": round(served, 1)}
+
+
+@contextmanager
+def _until_told_to_stop() -> Iterator[threading.Event]:
+    """Set by SIGINT and SIGTERM; installed late, because Ray installs handlers of its own."""
+    told = threading.Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: told.set()) for number in signals}
+    try:
+        yield told
+    finally:
+        # A second Ctrl-C must not interrupt the clean-up that follows.
+        signal.signal(signal.SIGTERM, before[signal.SIGTERM])
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

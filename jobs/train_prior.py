@@ -1,0 +1,107 @@
+"""Train the autoregressive prior on token shards: Ray Train, FSDP2."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from jobs import runtime, workers
+from jobs.configs.train_prior import PRESETS, TrainPriorJob
+from jobs.progress import FollowMetrics
+from models.prior import count_parameters
+from pipelines.data import plan
+from pipelines.data.stage import Manifest
+from pipelines.data.storage import sha256_file
+from pipelines.data.tokenizer import CaptionTokenizer
+from pipelines.training import tracking
+from pipelines.training.prior_stage import PRIOR_FILE, PriorStage, run_prior_stage
+from pipelines.training.run_directory import read_result, run_tags
+from pipelines.training.token_loader import check_inputs
+from pipelines.training.weights import read_header
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return runtime.run_job("train_prior", PRESETS, train, argv, describe)
+
+
+def describe(job: TrainPriorJob) -> list[str]:
+    """What a dry run says."""
+    parameters = count_parameters(job.prior)
+    tokens = job.training.steps * job.training.batch_samples * job.prior.stream_len
+    return [
+        f"{parameters:,} parameters in {job.prior.n_resblocks} resblocks",
+        # fp32: weights, gradients, two moments, average.
+        f"{20 * parameters / 1e9:,.1f} GB of state over {job.workers.num_workers} workers",
+        f"{tokens:,} tokens in {job.training.steps:,} updates",
+        f"{6 * parameters * tokens:.2e} FLOP without recomputation",
+    ]
+
+
+def train(job: TrainPriorJob) -> dict[str, Any]:
+    """Check the inputs, claim the output, train on the workers."""
+    manifest = Manifest.load(job.tokens, stage="encode_pairs")
+    read_header(job.dvae, "dvae")
+    check_inputs(
+        manifest,
+        job.prior,
+        CaptionTokenizer.from_file(job.tokenizer),
+        dvae_digest=sha256_file(job.dvae),
+    )
+    model_file = job.output / PRIOR_FILE
+    settings = {"prior": asdict(job.prior), "training": asdict(job.training)}
+    inputs = {"tokens": manifest.digest} | manifest.inputs
+    with plan.lease(job.output):
+        plan.claim(job.output, stage="train_prior", config=settings, inputs=inputs)
+        if model_file.exists():
+            runtime.nothing_to_do(model_file)
+        else:
+            _train(job, settings, inputs)
+    return {"model": str(model_file), "sha256": sha256_file(model_file)} | read_result(job.output)
+
+
+def _train(job: TrainPriorJob, settings: dict[str, Any], inputs: dict[str, str]) -> None:
+    parents = {"tokens": job.tokens, "dvae": job.dvae.parent, "tokenizer": job.tokenizer.parent}
+    uri = runtime.tracking_uri()
+    with (
+        runtime.ray_session(),
+        tracking.open_run(
+            job.tracking,
+            stage="train_prior",
+            settings=settings,
+            tags=run_tags(inputs, parents),
+            directory=job.output,
+            uri=uri,
+        ) as tracker,
+        FollowMetrics(
+            job.output / tracking.METRICS_FILE,
+            "train_prior",
+            job.training.steps,
+            ("image_loss", "text_loss"),
+        ),
+    ):
+        stage = PriorStage(
+            output=job.output.resolve(),
+            tokens=job.tokens.resolve(),
+            tokenizer=job.tokenizer.resolve(),
+            dvae=job.dvae.resolve(),
+            prior=job.prior,
+            training=job.training,
+            cadence=job.cadence,
+            tracking_uri=uri,
+            run_id=tracker.run_id,
+        )
+        workers.train_on_workers(_work, {"stage": stage}, job.workers, job.output)
+
+
+def _work(argument: dict[str, Any]) -> None:
+    worker = workers.this_worker()
+    run_prior_stage(
+        argument["stage"],
+        device=worker.device,
+        rank=worker.rank,
+        world_size=worker.world_size,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

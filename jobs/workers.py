@@ -1,0 +1,87 @@
+"""Running one training loop on many Ray Train workers."""
+
+import os
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkersConfig:
+    """The processes that train together."""
+
+    num_workers: int = 1
+    """Processes, one GPU or one CPU each."""
+    device: str = "cpu_or_gpu"
+    """"cpu", "gpu", or "cpu_or_gpu": GPUs if the cluster has enough of them."""
+    max_failures: int = 3
+    """Times that the group is started anew from its newest checkpoint when a worker dies."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1:
+            raise ValueError(f"num_workers must be at least 1, got {self.num_workers}")
+        if self.device not in ("cpu", "gpu", "cpu_or_gpu"):
+            raise ValueError(f"device must be cpu, gpu or cpu_or_gpu, got {self.device!r}")
+
+
+def train_on_workers(
+    loop: Callable[[dict[str, Any]], None],
+    argument: dict[str, Any],
+    workers: WorkersConfig,
+    output: Path,
+) -> None:
+    """Run `loop(argument)` on every worker, in one process group; raises what a worker raised.
+
+    Checkpoints are the loop's own affair (pipelines.training.checkpoint): Ray Train 2.60 refuses to
+    go on from a run whose snapshot file was cut off, so every attempt is a new Ray Train run to it.
+    """
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    resources = ray.cluster_resources()
+    use_gpu = workers.device == "gpu" or (
+        workers.device == "cpu_or_gpu" and resources.get("GPU", 0) >= workers.num_workers
+    )
+    kind, have = ("GPU", resources.get("GPU", 0)) if use_gpu else ("CPU", resources.get("CPU", 0))
+    if have < workers.num_workers:
+        raise ValueError(
+            f"the cluster must have a {kind} for each of the {workers.num_workers} workers, "
+            f"it has {have:.0f}: ask for fewer with --workers.num-workers"
+        )
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config=argument,
+        scaling_config=ScalingConfig(num_workers=workers.num_workers, use_gpu=use_gpu),
+        run_config=RunConfig(
+            name=f"attempt-{uuid.uuid4().hex[:8]}",
+            storage_path=str((output / ".ray_train").resolve()),
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+        ),
+    )
+    trainer.fit()
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Who the calling process is in its group."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+
+
+def this_worker() -> Worker:
+    """The calling worker; on a CPU it takes its fair share of the threads."""
+    from ray import train
+    from ray.train.torch import get_device
+
+    context = train.get_context()
+    device: torch.device = get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    return Worker(device, context.get_world_rank(), context.get_world_size())

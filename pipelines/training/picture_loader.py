@@ -1,0 +1,166 @@
+"""Batches of augmented pictures, as a function of one integer.
+
+Sample p of a run (p = step x batch + place in the batch) is a fixed picture under a fixed
+augmentation: a resumed run, on any number of ranks, sees what the uninterrupted one would have
+seen. This is why it is no Ray Data iterator, which begins anew after a restart.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.data.crops import CropConfig, UnusablePicture, decode_picture, random_crop
+from pipelines.data.stage import Manifest
+
+WINDOW_SHARDS = 4
+"""Shards that are held in memory and shuffled into each other."""
+DECODED_BYTES = 256 << 20
+"""Pictures stay decoded in memory if all of them fit in this."""
+PREFETCH_BATCHES = 2
+TRIES = 100
+
+
+class PictureLoader:
+    """Reads the pictures of a filtered dataset; indexed by the number of the update."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        crops: CropConfig,
+        *,
+        image_size: int,
+        batch_samples: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_samples % world_size:
+            raise ValueError(
+                f"batch_samples must divide by the workers, got {batch_samples}, {world_size}"
+            )
+        if not manifest.rows_out:
+            raise ValueError(f"{manifest.path} must hold at least one picture, got none")
+        self.manifest, self.crops, self.image_size = manifest, crops, image_size
+        self.batch_samples, self.seed = batch_samples, seed
+        self.rank, self.world_size = rank, world_size
+        self.unusable = 0
+        """Pictures that gave no square and were replaced by the next one, so far."""
+        self._shards = [shard.shard for shard in manifest.shards if shard.rows_out]
+        self._rows = [shard.rows_out for shard in manifest.shards if shard.rows_out]
+        self._order = lru_cache(maxsize=2)(self._shuffle)
+        self._permutation = lru_cache(maxsize=2)(self._permute)
+        self._images = lru_cache(maxsize=WINDOW_SHARDS)(self._read_images)
+        self._decode = lru_cache(maxsize=self._decoded_pictures())(self._decode_row)
+
+    def __len__(self) -> int:
+        return sum(self._rows)
+
+    def batch(self, step: int) -> Tensor:
+        """This rank's part of the global batch of update `step`: (B, 3, S, S) uint8.
+
+        The memory is channels-last, as the pictures are.
+        """
+        samples = [self._sample(position) for position in self._positions(step)]
+        return torch.from_numpy(np.stack(samples)).permute(0, 3, 1, 2)
+
+    def keys(self, step: int) -> list[str]:
+        """The keys of the pairs at the places of `batch`."""
+        rows = [self._locate(*divmod(place, len(self))) for place in self._positions(step)]
+        return [
+            self.manifest.read(self._shards[shard], ["key"])["key"][row].as_py()
+            for shard, row in rows
+        ]
+
+    def _positions(self, step: int) -> range:
+        share = self.batch_samples // self.world_size
+        first = step * self.batch_samples + self.rank * share
+        return range(first, first + share)
+
+    def _sample(self, position: int) -> np.ndarray:
+        """The square at a position of the run; an unusable picture gives way to the next one."""
+        last = ""
+        for candidate in range(position, position + min(TRIES, len(self))):
+            epoch, place = divmod(candidate, len(self))
+            shard, row = self._locate(epoch, place)
+            rng = np.random.default_rng([self.seed, position // len(self), shard, row])
+            try:
+                return random_crop(self._decode(shard, row), self.image_size, self.crops, rng)[0]
+            except UnusablePicture as error:
+                self.unusable += 1
+                last = f"picture {row} of shard {self._shards[shard]} is {error}"
+        raise ValueError(
+            f"{self.manifest.path} must hold pictures of at least {self.image_size} pixels, but "
+            f"{min(TRIES, len(self))} in a row gave none; {last}"
+        )
+
+    def _locate(self, epoch: int, place: int) -> tuple[int, int]:
+        """Shard and row of a place in an epoch's order.
+
+        Shards are shuffled and taken a window at a time; the rows of a window are shuffled into
+        each other. With few shards this is a permutation of all rows.
+        """
+        order, ends = self._order(epoch)
+        window = bisect_right(ends, place)
+        start = ends[window - 1] if window else 0
+        members = order[window * WINDOW_SHARDS : (window + 1) * WINDOW_SHARDS]
+        number = int(self._permutation(epoch, window, ends[window] - start)[place - start])
+        for shard in members:
+            if number < self._rows[shard]:
+                return shard, number
+            number -= self._rows[shard]
+        raise AssertionError(f"place {place} lies in no shard")
+
+    def _shuffle(self, epoch: int) -> tuple[list[int], list[int]]:
+        """The order of the shards in an epoch, and where each window of them ends."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self._shards)).tolist()
+        windows = range(0, len(order), WINDOW_SHARDS)
+        sizes = [sum(self._rows[shard] for shard in order[i : i + WINDOW_SHARDS]) for i in windows]
+        return order, list(accumulate(sizes))
+
+    def _permute(self, epoch: int, window: int, rows: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch, window]).permutation(rows)
+
+    def _read_images(self, shard: int) -> list[bytes]:
+        images: list[bytes] = self.manifest.read(self._shards[shard], ["image"])[
+            "image"
+        ].to_pylist()
+        return images
+
+    def _decode_row(self, shard: int, row: int) -> np.ndarray:
+        return decode_picture(self._images(shard)[row])
+
+    def _decoded_pictures(self) -> int:
+        """How many decoded pictures to keep: all, or none but the last."""
+        table = self.manifest.read(self._shards[0], ["width", "height"])
+        pixels = np.multiply(table["width"].to_numpy(), table["height"].to_numpy(), dtype=np.int64)
+        return len(self) if 3 * int(pixels.max()) * len(self) <= DECODED_BYTES else 1
+
+
+@contextmanager
+def prefetch(
+    read: Callable[[int], Tensor], first: int, last: int
+) -> Iterator[Callable[[int], Tensor]]:
+    """`read` for the steps first, first + 1, … last - 1, a few ahead in a thread of its own."""
+    with ThreadPoolExecutor(1, thread_name_prefix="pictures") as pool:
+        futures: dict[int, Future[Tensor]] = {}
+
+        def take(step: int) -> Tensor:
+            for ahead in range(step, min(step + 1 + PREFETCH_BATCHES, last)):
+                if ahead not in futures:
+                    futures[ahead] = pool.submit(read, ahead)
+            return futures.pop(step).result()
+
+        for step in range(first, min(first + PREFETCH_BATCHES, last)):
+            futures[step] = pool.submit(read, step)
+        try:
+            yield take
+        finally:
+            for future in futures.values():
+                future.cancel()

@@ -1,0 +1,134 @@
+"""One worker's part of training a prior: reads the inputs, trains, keeps the results."""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.prior import PriorConfig
+from pipelines.data.stage import Manifest
+from pipelines.data.storage import sha256_file
+from pipelines.data.tokenizer import CaptionTokenizer
+from pipelines.sampling.engine import Sampler
+from pipelines.sampling.grid import captioned_rows
+from pipelines.training.prior_loop import Cadence, PriorTraining, load_weights, train_prior
+from pipelines.training.run_directory import write_result
+from pipelines.training.token_loader import TokenLoader
+from pipelines.training.tracking import Tracker
+from pipelines.training.weights import load_dvae, save_model
+
+PRIOR_FILE = "prior.safetensors"
+PREVIEW_PROMPTS = 8
+PREVIEW_SAMPLES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorStage:
+    """All that a worker needs to know; travels to it."""
+
+    output: Path
+    tokens: Path
+    tokenizer: Path
+    dvae: Path
+    prior: PriorConfig
+    training: PriorTraining
+    cadence: Cadence
+    tracking_uri: str
+    run_id: str | None
+
+
+def run_prior_stage(
+    stage: PriorStage, *, device: torch.device, rank: int = 0, world_size: int = 1
+) -> None:
+    """Train on this rank; rank 0 writes metrics, previews, `result.json` and the model file."""
+    manifest = Manifest.load(stage.tokens, stage="encode_pairs")
+    tokenizer = CaptionTokenizer.from_file(stage.tokenizer)
+    loader = TokenLoader(
+        manifest,
+        tokenizer,
+        text_len=stage.prior.text_len,
+        batch_samples=stage.training.batch_samples,
+        bpe_dropout=stage.training.bpe_dropout,
+        seed=stage.training.seed,
+        rank=rank,
+        world_size=world_size,
+    )
+    desk = _Desk(stage, manifest, loader, tokenizer) if rank == 0 else None
+    train_prior(
+        stage.prior,
+        stage.training,
+        cadence=stage.cadence,
+        loader=loader,
+        device=device,
+        checkpoints=stage.output / "checkpoints",
+        on_log=desk.log if desk else _ignore,
+        on_resume=desk.resume if desk else _ignore,
+        on_weights=desk.keep if desk else _ignore,
+    )
+
+
+class _Desk:
+    """What rank 0 does with what the loop hands out."""
+
+    def __init__(
+        self,
+        stage: PriorStage,
+        manifest: Manifest,
+        loader: TokenLoader,
+        tokenizer: CaptionTokenizer,
+    ) -> None:
+        self.stage, self.manifest, self.loader, self.tokenizer = stage, manifest, loader, tokenizer
+        self.tracker = Tracker(stage.output, stage.tracking_uri, stage.run_id)
+        self.metrics: dict[str, float] = {}
+        self.started = time.monotonic()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.metrics = metrics
+        self.tracker.log_metrics(metrics, step)
+
+    def resume(self, step: int, said: list[str]) -> None:
+        self.tracker.rewind(step)
+        for line in said:
+            print(line, flush=True)
+
+    def keep(self, step: int, weights: dict[str, Tensor]) -> None:
+        self._preview(step, weights)
+        if step < self.stage.training.steps:
+            return
+        result = {
+            "steps": step,
+            "training_seconds": round(time.monotonic() - self.started, 1),
+            **{name: round(value, 5) for name, value in self.metrics.items()},
+        }
+        write_result(self.stage.output, result)
+        save_model(
+            self.stage.output / PRIOR_FILE,
+            kind="prior",
+            config=self.stage.prior,
+            state=weights,
+            metadata={
+                "tokens_digest": self.manifest.digest,
+                "tokenizer_sha256": self.tokenizer.digest,
+                "dvae_sha256": sha256_file(self.stage.dvae),
+                "training": asdict(self.stage.training),
+            },
+        )
+
+    def _preview(self, step: int, weights: dict[str, Tensor]) -> None:
+        """Sample a few captions of the training set, so that the eye can follow."""
+        dvae, _ = load_dvae(self.stage.dvae)
+        prior = load_weights(self.stage.prior, weights)
+        sampler = Sampler(prior, dvae, self.tokenizer)
+        spread = np.linspace(0, len(self.loader) - 1, min(PREVIEW_PROMPTS, len(self.loader)))
+        prompts = [self.loader.captions[int(row)] for row in spread]
+        samples = sampler.sample(prompts, n=PREVIEW_SAMPLES, seed=0)
+        sampled = [[sample.pixels for sample in row] for row in samples]
+        rows = list(zip(prompts, sampled, strict=True))
+        self.tracker.log_image("samples", captioned_rows(rows), step)
+
+
+def _ignore(step: int, what: object) -> None:
+    """Ranks other than the first keep nothing."""
