@@ -1,0 +1,141 @@
+"""`jobs.sample` end to end on saved models."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jobs import sample
+from pipelines.training.weights import save_model
+from tests.fixtures.models import TINY, TinyModels, random_prior, tiny_models
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    return tiny_models(tmp_path_factory.mktemp("models"), rows=8)
+
+
+def line(models: TinyModels, output: Path, *more: str) -> list[str]:
+    return [
+        *("tiny", "--output", str(output), "--tokenizer", str(models.tokenizer)),
+        *("--dvae", str(models.dvae), "--prior", str(models.prior), "--device", "cpu"),
+        *("--pictures-per-prompt", "2", *more),
+    ]
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    """Everything but what tells of times."""
+    files = [file for file in directory.iterdir() if file.name[0] != "."]
+    return {file.name: file.read_bytes() for file in files}
+
+
+def summary_of(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    summary: dict[str, object] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return summary
+
+
+def test_every_prompt_gets_its_pictures_a_grid_and_a_record(
+    models: TinyModels, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    prompts = ("--prompts", "Red apple!", "dog / cat", "--seed", "5")
+    assert sample.main(line(models, output, *prompts)) == 0
+    assert summary_of(capsys)["pictures"] == 4
+    record = json.loads((output / "samples.json").read_text())
+    assert [entry["prompt"] for entry in record] == ["Red apple!", "dog / cat"]
+    assert record[0]["pictures"][1]["file"] == "prompt-00-red-apple-seed-6.png"
+    sampler = models.sampler()
+    for entry in record:
+        for picture in entry["pictures"]:
+            pixels = np.asarray(Image.open(output / picture["file"]))
+            wanted = sampler.generate(entry["prompt"], seed=picture["seed"])[0]
+            assert np.array_equal(pixels, wanted)
+            assert len(picture["tokens"]) == 64
+    assert Image.open(output / "samples.png").width > 2 * 96
+
+
+def test_a_second_run_changes_nothing_and_says_so(
+    models: TinyModels, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert sample.main(line(models, output, "--prompts", "dog")) == 0
+    before = snapshot(output)
+    capsys.readouterr()
+    assert sample.main(line(models, output, "--prompts", "dog")) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert snapshot(output) == before
+    assert sample.main(line(models, output, "--prompts", "cat")) == 2
+    assert "other settings" in capsys.readouterr().err
+    assert snapshot(output) == before
+
+
+def test_prompts_can_come_from_a_file(models: TinyModels, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("red apple\n\n  dog \n苹果\n", encoding="utf-8")
+    assert sample.main(line(models, tmp_path / "out", "--prompt-file", str(file))) == 0
+    record = json.loads((tmp_path / "out/samples.json").read_text())
+    assert [entry["prompt"] for entry in record] == ["red apple", "dog", "苹果"]
+    assert (tmp_path / "out/prompt-02-seed-0.png").exists()
+
+
+def test_how_many_are_sampled_at_once_does_not_change_the_pictures(
+    models: TinyModels, tmp_path: Path
+) -> None:
+    for name, together in (("one", "1"), ("many", "32")):
+        arguments = ("--prompts", "dog", "cat", "moon", "--max-candidates", together)
+        assert sample.main(line(models, tmp_path / name, *arguments)) == 0
+    one, many = (snapshot(tmp_path / name) for name in ("one", "many"))
+    assert one["samples.json"] == many["samples.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts", " "], "prompt must not be blank"),
+        (["--prompts", "q " * 40], "at most 15 tokens"),
+        (["--prompts"], "there must be a prompt"),
+        (["--prompt-file", "/nowhere/prompts.txt"], "No such file"),
+        (["--prompts", "dog", "--sampling.top-k", "129"], "top_k must be 1 to 128, got 129"),
+        (["--prompts", "dog", "--sampling.temperature", "0"], "temperature must be positive"),
+        (["--prompts", "dog", "--seed", "-1"], "seed must be 0"),
+        (["--prompts", "dog", "--prior", "/nowhere/prior.safetensors"], "there is none"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_and_nothing_is_written(
+    models: TinyModels,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    assert sample.main(line(models, tmp_path / "out", *arguments)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_prior_of_another_tokenizer_or_dvae_is_refused_with_both_digests(
+    models: TinyModels, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {
+        "tokenizer_sha256": models.sampler().tokenizer.digest,
+        "dvae_sha256": "d" * 64,
+    }
+    file = tmp_path / "prior.safetensors"
+    save_model(file, kind="prior", config=TINY, state=random_prior(TINY).state_dict(), metadata=own)
+    foreign = dataclasses.replace(models, prior=file)
+    assert sample.main(line(foreign, tmp_path / "out", "--prompts", "dog")) == 2
+    said = capsys.readouterr().err
+    assert "trained with dvae " + "d" * 64 in said
+    assert str(models.dvae) in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_writes_nothing(
+    models: TinyModels, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sample.main(line(models, tmp_path / "out", "--prompts", "dog", "--dry-run")) == 0
+    assert "sample 2 pictures for 1 prompts" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()

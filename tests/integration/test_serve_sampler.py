@@ -1,0 +1,235 @@
+"""The model behind Ray Serve, asked by the official OpenAI client."""
+
+import base64
+import dataclasses
+import io
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from jobs import deployment, serve_sampler
+from jobs.configs.serve_sampler import ServeSamplerJob
+from tests.fixtures.models import TinyModels, tiny_models
+from tests.fixtures.ray_head import free_ports
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running server and what it serves."""
+
+    url: str
+    job: ServeSamplerJob
+    models: TinyModels
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    return tiny_models(tmp_path_factory.mktemp("models"), rows=8)
+
+
+@pytest.fixture(scope="module")
+def served(ray_cluster: None, models: TinyModels, tmp_path_factory: Any) -> Iterator[Served]:
+    job = ServeSamplerJob(
+        output=tmp_path_factory.mktemp("serving"),
+        tokenizer=models.tokenizer,
+        dvae=models.dvae,
+        prior=models.prior,
+        port=free_ports(1)[0],
+        device="cpu",
+    )
+    with deployment.serve_in_background(job) as url:
+        yield Served(url=url, job=job, models=models)
+    with socket.socket() as probe:  # whoever leaves, frees the port
+        assert probe.connect_ex((job.host, job.port)) != 0
+
+
+def pixels_of(b64_json: str | None) -> np.ndarray:
+    assert b64_json is not None
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64_json))))
+
+
+def test_the_official_client_gets_pictures_and_the_same_again_for_a_seed(served: Served) -> None:
+    client = served.client()
+
+    def ask() -> Any:
+        return client.images.generate(
+            prompt="red apple",
+            model="manray",
+            n=2,
+            size="auto",
+            response_format="b64_json",
+            extra_body={"seed": 11, "temperature": 0.9, "top_k": 100},
+        )
+
+    first, second = ask(), ask()
+    assert len(first.data) == 2
+    assert pixels_of(first.data[0].b64_json).shape == (64, 64, 3)
+    assert first.data[0].b64_json != first.data[1].b64_json
+    assert [item.b64_json for item in first.data] == [item.b64_json for item in second.data]
+    assert first.data[1].seed == 12
+    assert first.usage.output_tokens == 2 * 64
+    assert first.usage.total_tokens == first.usage.input_tokens + 2 * 64
+
+
+def test_what_is_served_is_what_the_command_line_samples(served: Served) -> None:
+    answer = served.client().images.generate(prompt="dog", extra_body={"seed": 4})
+    assert answer.data is not None
+    wanted = served.models.sampler().generate("dog", seed=4)[0]
+    assert np.array_equal(pixels_of(answer.data[0].b64_json), wanted)
+
+
+@pytest.mark.parametrize(
+    ("param", "request_"),
+    [
+        ("n", {"prompt": "dog", "n": 0}),
+        ("n", {"prompt": "dog", "n": 11}),
+        ("n", {"prompt": "dog", "extra_body": {"n": "two"}}),
+        ("prompt", {"prompt": ""}),
+        ("prompt", {"prompt": "q " * 40}),
+        ("prompt", {"prompt": "a\0b"}),
+        ("prompt", {"prompt": "dog", "extra_body": {"prompt": 7}}),
+        ("size", {"prompt": "dog", "size": "1024x1024"}),
+        ("response_format", {"prompt": "dog", "response_format": "url"}),
+        ("quality", {"prompt": "dog", "quality": "hd"}),
+        ("temperature", {"prompt": "dog", "extra_body": {"temperature": 0}}),
+        ("top_k", {"prompt": "dog", "extra_body": {"top_k": 129}}),
+    ],
+)
+def test_a_bad_request_names_its_parameter_to_the_official_client(
+    served: Served, param: str, request_: dict[str, Any]
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        served.client().images.generate(**request_)
+    assert caught.value.param == param
+    assert caught.value.type == "invalid_request_error"
+    assert caught.value.request_id
+
+
+def test_models_are_listed_for_the_official_client(served: Served) -> None:
+    client = served.client()
+    assert [model.id for model in client.models.list()] == ["manray"]
+    assert client.models.retrieve("manray").owned_by == "manray"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("dall-e-3")
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.images.generate(prompt="dog", model="dall-e-3")
+    assert caught.value.param == "model"
+
+
+def test_raw_http_is_answered_in_the_envelope_with_one_request_id(served: Served) -> None:
+    for method, path, status in (
+        ("GET", "/nope", 404),
+        ("GET", "/v1/images/generations", 405),
+        ("POST", "/v1/images/generations", 415),
+    ):
+        answer = httpx.request(method, f"{served.url}{path}", content=b"{}")
+        assert answer.status_code == status
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        assert len(answer.headers.get_list("x-request-id")) == 1
+    large = {"prompt": "a" * 70_000}
+    answer = httpx.post(f"{served.url}/v1/images/generations", json=large)
+    assert answer.status_code == 413
+    assert httpx.get(f"{served.url}/healthz").json() == {"status": "ok", "model": "manray"}
+
+
+def test_the_printed_curl_line_works(served: Served) -> None:
+    line = deployment.curl_line(served.url, 'it\'s a "red" apple')
+    done = subprocess.run(shlex.split(line), capture_output=True, check=True, timeout=60)
+    assert pixels_of(json.loads(done.stdout)["data"][0]["b64_json"]).shape == (64, 64, 3)
+
+
+def test_the_record_says_what_is_served_where(served: Served) -> None:
+    record = json.loads((served.job.output / "serving.json").read_text())
+    assert record["url"] == served.url
+    assert set(record["digests"]) == {"tokenizer", "dvae", "prior"}
+
+
+def line(models: TinyModels, output: Path, *more: str) -> list[str]:
+    return [
+        *("tiny", "--output", str(output), "--tokenizer", str(models.tokenizer)),
+        *("--dvae", str(models.dvae), "--prior", str(models.prior), "--device", "cpu", *more),
+    ]
+
+
+def test_a_taken_port_is_said_before_anything_is_started(
+    models: TinyModels, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        assert serve_sampler.main(line(models, tmp_path / "out", "--port", port)) == 2
+    said = capsys.readouterr().err
+    assert f"127.0.0.1:{port} is taken" in said
+    assert "--port" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("missing", ["--prior", "--dvae", "--tokenizer"])
+def test_a_missing_model_is_said_before_anything_is_started(
+    models: TinyModels, tmp_path: Path, capsys: pytest.CaptureFixture[str], missing: str
+) -> None:
+    arguments = line(models, tmp_path / "out", "--port", str(free_ports(1)[0]))
+    assert serve_sampler.main([*arguments, missing, str(tmp_path / "none")]) == 2
+    assert str(tmp_path / "none") in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_server_on_the_same_cluster_is_refused(served: Served, tmp_path: Path) -> None:
+    second = dataclasses.replace(served.job, port=free_ports(1)[0], output=tmp_path / "out")
+    with (
+        pytest.raises(ValueError, match="does already"),
+        deployment.serve_in_background(second),
+    ):
+        pass
+    assert httpx.get(f"{served.url}/healthz").status_code == 200
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_serving_in_order(models: TinyModels, tmp_path: Path) -> None:
+    port = str(free_ports(1)[0])
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "jobs.serve_sampler"),
+            *line(models, tmp_path / "out", "--port", port),
+        ],
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        said = []
+        for text in process.stdout:
+            said.append(text)
+            if text.startswith("curl "):
+                break
+        assert httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200, said
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: Ray's processes get it too
+        rest = process.stdout.read()
+        assert process.wait(60) == 0, rest
+        assert json.loads(rest.splitlines()[-1])["job"] == "serve_sampler"
+    finally:
+        process.kill()
+        process.wait()

@@ -1,0 +1,129 @@
+"""Who sees whom: the masks against drawings by hand, against a second reading, and by counting."""
+
+import pytest
+import torch
+
+from models.attention import LayerKind, image_mask, layer_kinds, stream_mask
+
+# The image-to-image part of figure 11 for a 4×4 grid. A line is a query, '#' a key that it sees.
+ROW = """
+#...............
+##..............
+###.............
+####............
+#####...........
+.#####..........
+..#####.........
+...#####........
+....#####.......
+.....#####......
+......#####.....
+.......#####....
+........#####...
+.........#####..
+..........#####.
+...........#####
+"""
+COLUMN = """
+#...............
+.#..............
+..#.............
+...#............
+#...#...........
+.#...#..........
+..#...#.........
+...#...#........
+#...#...#.......
+.#...#...#......
+..#...#...#.....
+...#...#...#....
+#...#...#...#...
+.#...#...#...#..
+..#...#...#...#.
+...#...#...#...#
+"""
+CONVOLUTION = """
+#...............
+##..............
+.##.............
+#.##............
+##.##...........
+###.##..........
+.###.##.........
+..###.##........
+...###.##.......
+....###.##......
+.....###.##.....
+......###.##....
+.......###.##...
+........###.##..
+.........###.##.
+..........###.##
+"""
+DRAWINGS: list[tuple[LayerKind, str]] = [("row", ROW), ("column", COLUMN), ("conv", CONVOLUTION)]
+KINDS: list[LayerKind] = ["row", "column", "conv", "full"]
+
+
+@pytest.mark.parametrize(("kind", "drawing"), DRAWINGS)
+def test_the_mask_of_a_4_by_4_grid_is_the_drawing(kind: LayerKind, drawing: str) -> None:
+    mask = image_mask(kind, 4, conv_kernel=3)
+    lines = ["".join(".#"[int(seen)] for seen in row) for row in mask]
+    assert lines == drawing.split()
+
+
+def sees(kind: LayerKind, query: int, key: int, width: int, kernel: int) -> bool:
+    """The masks' definition, read token by token."""
+    if key > query:
+        return False
+    if kind == "full":
+        return True
+    if kind == "row":
+        return query - width <= key
+    if kind == "column":
+        return key % width == query % width
+    radius = (kernel - 1) // 2
+    return any(
+        key == query - up * width + across
+        for up in range(radius + 1)
+        for across in range(-radius, (radius if up else 0) + 1)
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("width", "kernel"), [(4, 3), (5, 3), (6, 5), (8, 11), (3, 1)])
+def test_the_mask_is_its_definition_token_by_token(
+    kind: LayerKind, width: int, kernel: int
+) -> None:
+    tokens = range(width * width)
+    wanted = [[sees(kind, query, key, width, kernel) for key in tokens] for query in tokens]
+    assert image_mask(kind, width, kernel).tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    ("kind", "pairs"), [("row", 33_264), ("column", 16_896), ("conv", 57_169), ("full", 524_800)]
+)
+def test_the_paper_s_grid_has_this_many_visible_pairs(kind: LayerKind, pairs: int) -> None:
+    assert int(image_mask(kind, 32, 11).sum()) == pairs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_image_token_sees_all_text_and_text_sees_only_earlier_text(kind: LayerKind) -> None:
+    mask = stream_mask(kind, text_len=6, grid=4, conv_kernel=3)
+    assert mask[6:, :6].all()
+    assert not mask[:6, 6:].any()
+    assert torch.equal(mask[:6, :6], torch.ones(6, 6, dtype=torch.bool).tril())
+    assert torch.equal(mask[6:, 6:], image_mask(kind, 4, 3))
+
+
+def test_layers_are_row_column_row_row_and_the_last_one_convolutional() -> None:
+    kinds = layer_kinds(64)
+    assert kinds[:9] == ("row", "column", "row", "row", "row", "column", "row", "row", "row")
+    assert [index + 1 for index, kind in enumerate(kinds) if kind == "column"] == [*range(2, 63, 4)]
+    assert (kinds.count("row"), kinds.count("column"), kinds.count("conv")) == (47, 16, 1)
+    assert kinds[-1] == "conv"
+
+
+@pytest.mark.parametrize(("kind", "kernel"), [("diagonal", 3), ("conv", 4), ("conv", -1)])
+def test_an_unknown_kind_or_an_even_kernel_is_refused(kind: LayerKind, kernel: int) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        image_mask(kind, 4, kernel)
