@@ -55,6 +55,8 @@ def run(job: QuickstartJob) -> dict[str, Any]:
                 raise KeyboardInterrupt
             if code:
                 raise SystemExit(code)
+            if stage.name == job.until:
+                return {"output": str(job.output), "until": job.until}
         print("\n── serve_sampler", flush=True)
         files = model_files(job)
         serving = ServeSamplerJob(

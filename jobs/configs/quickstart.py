@@ -23,6 +23,18 @@ class QuickstartJob(Job):
     """Loopback port that serves the corpus; part of the URLs, so part of the data's digest."""
     port: int = 8000
     """Loopback port that the trained model is served on."""
+    until: Literal[
+        "download_pairs",
+        "filter_pairs",
+        "train_tokenizer",
+        "train_dvae",
+        "encode_pairs",
+        "train_prior",
+        "sample",
+        "evaluate",
+        "serve_sampler",
+    ] = "serve_sampler"
+    """Last job to run; the same line without it goes on from there."""
     keep_serving: Literal["on_terminal", "always", "never"] = "on_terminal"
     """Whether to go on serving at the end until Ctrl-C."""
 

@@ -36,6 +36,7 @@ def save_model(
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         save_file(tensors, temporary, {METADATA_KEY: json.dumps(header, sort_keys=True)})
+        temporary.chmod(0o644)  # safetensors makes it private; other users serve it
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
