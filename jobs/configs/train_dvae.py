@@ -30,27 +30,26 @@ TINY = TrainDVAEJob(
     filtered=Path("runs/quickstart/filtered"),
     dvae=DVAEConfig(image_size=64, vocab_size=128, n_hid=24, n_init=64, n_blk_per_group=1),
     training=DVAETraining(
-        steps=850,
-        batch_samples=16,
+        steps=1200,
+        batch_samples=8,
         precision="fp32",
         schedule=DVAESchedule(
-            # Falling, where the paper's rises: with a weak KL term at first, a run as short as
-            # this one settles on two to four codes before the term is felt. At 20 to the end, it
-            # keeps the codes but not the colours.
-            beta_start=20.0,
+            # At its full weight from the first update on: with the paper's rise from 0, a run as
+            # short as this one settles on a few codes before the term is felt.
+            beta_start=6.6,
             beta_end=6.6,
-            beta_steps=700,
-            tau_steps=680,
+            beta_steps=1,
+            tau_steps=1020,
             lr_start=4e-3,
             lr_end=5e-5,
-            lr_steps=850,
+            lr_steps=1200,
             warmup_steps=30,
         ),
         # Whole pictures, as jobs.encode_pairs tiny has them.
         crops=CropConfig(scale_low=1.0, scale_high=1.0, flip=False),
         averaging=AveragingConfig(decay=0.99, every=1),
     ),
-    cadence=DVAECadence(log_every=25, checkpoint_every=200, images_every=425),
+    cadence=DVAECadence(log_every=25, checkpoint_every=200, images_every=400),
     workers=WorkersConfig(num_workers=2),
 )
 

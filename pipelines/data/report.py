@@ -200,8 +200,14 @@ def _bars(values: list[int]) -> list[dict[str, Any]]:
 
 
 def _inline(image: bytes) -> str:
-    """A data: URI of a small copy; the stored bytes themselves never reach the page."""
-    picture = Image.open(io.BytesIO(image)).convert("RGB")
+    """A data: URI of a small copy; the stored bytes themselves never reach the page.
+
+    Empty for a broken picture: a later stage may have dropped it for just that.
+    """
+    try:
+        picture = Image.open(io.BytesIO(image)).convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return ""
     picture.thumbnail((2 * THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", quality=80)

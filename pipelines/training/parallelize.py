@@ -16,7 +16,14 @@ from models.resblock_scaling import ResblockScales
 WRAPPER = "_checkpoint_wrapped_module."
 
 
-def build_prior(config: PriorConfig, *, device: torch.device, seed: int, recompute: bool) -> Prior:
+def build_prior(
+    config: PriorConfig,
+    *,
+    device: torch.device,
+    seed: int,
+    recompute: bool,
+    keep_gathered: bool = False,
+) -> Prior:
     """A prior with its initial weights, sharded over the ranks if there are several.
 
     The weights are a function of the seed alone, whatever the number of ranks. Sharding is FSDP2, a
@@ -31,8 +38,8 @@ def build_prior(config: PriorConfig, *, device: torch.device, seed: int, recompu
     if dist.is_initialized() and dist.get_world_size() > 1:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for resblock in prior.resblocks:
-            fully_shard(resblock, mesh=mesh)
-        fully_shard(prior, mesh=mesh)
+            fully_shard(resblock, mesh=mesh, reshard_after_forward=not keep_gathered)
+        fully_shard(prior, mesh=mesh, reshard_after_forward=not keep_gathered)
     prior.to_empty(device=device)
     names = dict(plain_named_parameters(prior))
     with torch.no_grad():

@@ -53,6 +53,9 @@ class PriorTraining:
     """Share of BPE merges left out at random (paper, section 2.2)."""
     recompute: bool = True
     """Recompute every resblock's activations in the backward pass."""
+    keep_gathered: bool = False
+    """Keep a resblock's gathered weights from the forward to the backward pass: a third fewer
+    messages, for all of the weights in every worker's memory. The paper drops them at once."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -88,7 +91,11 @@ class PriorTrainer:
     def __init__(self, model: PriorConfig, training: PriorTraining, device: torch.device) -> None:
         self.training, self.device = training, device
         self.prior = build_prior(
-            model, device=device, seed=training.seed, recompute=training.recompute
+            model,
+            device=device,
+            seed=training.seed,
+            recompute=training.recompute,
+            keep_gathered=training.keep_gathered,
         )
         self.optimizer = build_optimizer(self.prior, training.optimizer)
         self.step_size = StepSize(training.optimizer, training.steps)
