@@ -8,7 +8,8 @@ from jobs.workers import WorkersConfig
 from models.averaging import AveragingConfig
 from models.prior import PriorConfig
 from pipelines.training.optimizer import PriorOptimizerConfig
-from pipelines.training.prior_loop import Cadence, PriorTraining
+from pipelines.training.prior_loop import Cadence
+from pipelines.training.prior_trainer import PriorTraining
 
 
 @dataclass(frozen=True, kw_only=True)

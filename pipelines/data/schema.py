@@ -34,8 +34,8 @@ DROPPED = pa.schema(
 def tokens_schema(grid: int, *, dvae_sha256: str, tokenizer_sha256: str) -> pa.Schema:
     """Columns of a token shard; `grid` is the number of tokens a side.
 
-    Image tokens are little-endian uint16 in a fixed-size binary: Parquet has no 16-bit integer, so
-    a list<uint16> would be stored as int32, twice the bytes and many times slower to read.
+    Image tokens are little-endian uint16 in a fixed-size binary: Parquet has no 16-bit integer, and
+    reads a list<uint16>, which it stores as int32, more slowly (`make bench`: token-shard-read).
     """
     return pa.schema(
         [

@@ -1,77 +1,16 @@
 """The training loop of the prior: without Ray or MLflow, on one process or many."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
-from models.averaging import AveragingConfig, IterateAverage
 from models.prior import Prior, PriorConfig
-from models.resblock_scaling import ResblockScales, ResblockScalingConfig
-from pipelines.training import checkpoint
-from pipelines.training.optimizer import PriorOptimizerConfig, StepSize, build_optimizer
-from pipelines.training.parallelize import (
-    all_reduce,
-    attach_scales,
-    build_prior,
-    full,
-    plain_named_parameters,
-    resblock_gradients,
-)
-from pipelines.training.token_loader import TokenBatch, TokenLoader
-
-Precision = Literal["fp32", "bf16", "fp16"]
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-SKIPS_IN_A_ROW = 200
-
-
-@dataclass(frozen=True, kw_only=True)
-class PriorTraining:
-    """How the prior is trained. The defaults are the paper's (appendix B.2)."""
-
-    steps: int = 430_000
-    """Updates."""
-    batch_samples: int = 1024
-    """Pictures an update, over all workers; must divide by workers · micro_batches."""
-    micro_batches: int = 1
-    """Parts in which a worker runs its share of the batch."""
-    precision: Precision = "fp16"
-    """Of the resblocks' branches; the residual stream, logits and embeddings are always fp32."""
-    resblock_scaling: Literal["fp16", "always", "never"] = "fp16"
-    """When gradients are scaled per resblock: in fp16 only, in every precision, or never."""
-    scaling: ResblockScalingConfig = field(default_factory=ResblockScalingConfig)
-    optimizer: PriorOptimizerConfig = field(default_factory=PriorOptimizerConfig)
-    averaging: AveragingConfig = field(default_factory=AveragingConfig)
-    bpe_dropout: float = 0.1
-    """Share of BPE merges left out at random (paper, section 2.2)."""
-    recompute: bool = True
-    """Recompute every resblock's activations in the backward pass."""
-    keep_gathered: bool = False
-    """Keep a resblock's gathered weights from the forward to the backward pass: a third fewer
-    messages, for all of the weights in every worker's memory. The paper drops them at once."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_samples < 1 or self.micro_batches < 1:
-            raise ValueError(
-                "steps, batch_samples and micro_batches must be at least 1, "
-                f"got {self.steps}, {self.batch_samples}, {self.micro_batches}"
-            )
-        if not 0 <= self.bpe_dropout < 1:
-            raise ValueError(f"bpe_dropout must be in [0, 1), got {self.bpe_dropout}")
-
-    @property
-    def scales_resblocks(self) -> bool:
-        return self.resblock_scaling == "always" or (
-            self.resblock_scaling == "fp16" and self.precision == "fp16"
-        )
+from pipelines.training.prior_trainer import PriorTrainer, PriorTraining
+from pipelines.training.token_loader import TokenLoader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,149 +22,6 @@ class Cadence:
     keep_checkpoints: int = 2
     sample_every: int = 5000
     """Average weights are gathered on rank 0 and sampled from."""
-
-
-class PriorTrainer:
-    """Everything that a resumed training must find again as it was."""
-
-    def __init__(self, model: PriorConfig, training: PriorTraining, device: torch.device) -> None:
-        self.training, self.device = training, device
-        self.prior = build_prior(
-            model,
-            device=device,
-            seed=training.seed,
-            recompute=training.recompute,
-            keep_gathered=training.keep_gathered,
-        )
-        self.optimizer = build_optimizer(self.prior, training.optimizer)
-        self.step_size = StepSize(training.optimizer, training.steps)
-        self.average = IterateAverage(plain_named_parameters(self.prior), training.averaging)
-        self.scales = ResblockScales(model.n_resblocks, training.scaling, device)
-        if training.scales_resblocks:
-            attach_scales(self.prior, self.scales)
-        self.step = 0
-        self.skipped = 0
-        self.skipped_in_a_row = 0
-
-    def update(self, batch: TokenBatch) -> dict[str, float]:
-        """One update on this rank's samples; skipped everywhere if a gradient is not finite."""
-        losses = self._backward(batch)
-        finite = torch.ones((), device=self.device)
-        if self.training.scales_resblocks:
-            flags = self.scales.unscale_(resblock_gradients(self.prior), all_reduce("max"))
-            finite = 1 - flags.amax()
-        norm = full(
-            torch.nn.utils.clip_grad_norm_(
-                self.prior.parameters(), self.training.optimizer.clip_norm, foreach=True
-            )
-        )
-        applied = bool(finite) and bool(torch.isfinite(norm))
-        lr = self.step_size.at(self.step)
-        if applied:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self._count(applied)
-        self.average.update(plain_named_parameters(self.prior), self.step)
-        total, text, image = losses.tolist()
-        self.step_size.update(total)
-        return {
-            "loss": total,
-            "text_loss": text,
-            "image_loss": image,
-            "grad_norm": float(norm),
-            "lr": lr,
-            "skipped_updates": float(self.skipped),
-        }
-
-    def _backward(self, batch: TokenBatch) -> Tensor:
-        """Accumulate the gradients; the mean (total, text, image) losses over all ranks."""
-        parts = self.training.micro_batches
-        micro_batches = list(_split(batch, parts, self.device))
-        losses = torch.zeros(3, device=self.device)
-        for index, micro in enumerate(micro_batches):
-            if isinstance(self.prior, FSDPModule):
-                self.prior.set_requires_gradient_sync(index == parts - 1)
-            with self._autocast():
-                loss = self.prior(micro.text_tokens, micro.image_tokens)
-            (loss.total / parts).backward()
-            losses += torch.stack([value.detach() for value in loss]) / parts
-        return all_reduce("avg")(losses)
-
-    def _autocast(self) -> Any:
-        precision = self.training.precision
-        if precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=DTYPES[precision])
-
-    def _count(self, applied: bool) -> None:
-        self.skipped += not applied
-        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
-        # A scale is halved at most once in 125 steps / 2, so that fp16 may well skip some in a row.
-        if self.skipped_in_a_row == SKIPS_IN_A_ROW:
-            raise RuntimeError(
-                f"{SKIPS_IN_A_ROW} updates in a row up to step {self.step} had gradients that were "
-                "not finite: lower the step size, or use bf16"
-            )
-
-    def averaged_weights(self) -> dict[str, Tensor]:
-        """The averaged weights, whole, on rank 0's CPU (empty elsewhere); every rank must ask."""
-        is_first = not dist.is_initialized() or dist.get_rank() == 0
-        weights = {}
-        for name, value in self.average.shadow.items():
-            whole = full(value)
-            if is_first:
-                weights[name] = whole.cpu().clone()
-        return weights
-
-    def save(self, root: Path, keep: int) -> None:
-        """A checkpoint after the current step; every rank must call it."""
-        progress = {
-            "skipped": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "step_size": self.step_size.plateau.state_dict(),
-        }
-        checkpoint.save(root, self.step, self._state(), progress, keep)
-
-    def resume(self, root: Path) -> list[str]:
-        """Go on from the newest valid checkpoint, if there is one; what is to be said about it."""
-        path, rejected = checkpoint.newest_valid(root)
-        said = [f"checkpoint refused: {reason}" for reason in rejected]
-        if path is None:
-            return said
-        state = self._state()
-        progress = checkpoint.load(path, state)
-        self._load(state)
-        self.step, self.skipped = progress["step"], progress["skipped"]
-        self.skipped_in_a_row = progress["skipped_in_a_row"]
-        self.step_size.plateau.load_state_dict(progress["step_size"])
-        return [*said, f"resumed after step {self.step} from {path.name}"]
-
-    def _state(self) -> dict[str, Any]:
-        """All tensors, by names that do not depend on how the model is wrapped or sharded."""
-        moments: dict[str, Any] = {}
-        for name, parameter in plain_named_parameters(self.prior):
-            entry = self.optimizer.state[parameter]
-            if not entry:  # nothing was updated yet: AdamW starts from these
-                entry["step"] = torch.zeros((), dtype=torch.float32, device=self.device)
-                entry["exp_avg"] = torch.zeros_like(parameter)
-                entry["exp_avg_sq"] = torch.zeros_like(parameter)
-            moments[name] = dict(entry)
-        return {
-            "model": dict(plain_named_parameters(self.prior)),
-            "moments": moments,
-            "average": self.average.state_dict(),
-            "scales": self.scales.state_dict(),
-        }
-
-    def _load(self, state: dict[str, Any]) -> None:
-        """Take over what a checkpoint put in place of a tensor; most were filled in place."""
-        for name, parameter in plain_named_parameters(self.prior):
-            for key, value in state["moments"][name].items():
-                self.optimizer.state[parameter][key] = value
-        self.scales.load_state_dict(state["scales"])
 
 
 def train_prior(
@@ -291,13 +87,3 @@ def _scale_metrics(trainer: PriorTrainer) -> dict[str, float]:
         "gradient_scale_log2.mean": float(exponents.mean()),
         "gradient_scale_log2.highest": float(exponents.max()),
     }
-
-
-def _split(batch: TokenBatch, parts: int, device: torch.device) -> Iterator[TokenBatch]:
-    size = len(batch.text_tokens)
-    if size % parts:
-        raise ValueError(f"a worker's samples must divide by micro_batches, got {size}, {parts}")
-    for text, image in zip(
-        batch.text_tokens.split(size // parts), batch.image_tokens.split(size // parts), strict=True
-    ):
-        yield TokenBatch(text.to(device), image.to(device))

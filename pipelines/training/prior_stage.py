@@ -14,7 +14,8 @@ from pipelines.data.storage import sha256_file
 from pipelines.data.tokenizer import CaptionTokenizer
 from pipelines.sampling.engine import Sampler
 from pipelines.sampling.grid import captioned_rows
-from pipelines.training.prior_loop import Cadence, PriorTraining, load_weights, train_prior
+from pipelines.training.prior_loop import Cadence, load_weights, train_prior
+from pipelines.training.prior_trainer import PriorTraining
 from pipelines.training.run_directory import write_result
 from pipelines.training.token_loader import TokenLoader
 from pipelines.training.tracking import Tracker

@@ -16,7 +16,8 @@ from models.resblock_scaling import ResblockScales
 from pipelines.training import checkpoint
 from pipelines.training.optimizer import PriorOptimizerConfig
 from pipelines.training.parallelize import resblock_gradients
-from pipelines.training.prior_loop import Cadence, PriorTrainer, PriorTraining, train_prior
+from pipelines.training.prior_loop import Cadence, train_prior
+from pipelines.training.prior_trainer import PriorTrainer, PriorTraining
 from pipelines.training.token_loader import TokenBatch
 
 MODEL = PriorConfig(
