@@ -41,7 +41,12 @@ TINY = SampleJob(
     tokenizer=Path("runs/quickstart/tokenizer/tokenizer.json"),
     dvae=Path("runs/quickstart/dvae/dvae.safetensors"),
     prior=Path("runs/quickstart/prior/prior.safetensors"),
-    prompts=("red apple", "dog face", "full moon", "rocket"),
+    prompts=(
+        "a picture of an avocado, food and fruit",
+        "a picture of a guitar, music and instrument",
+        "a picture of a butterfly, insect and pretty",
+        "a picture of a volcano, mountain and nature",
+    ),
     pictures_per_prompt=4,
 )
 
