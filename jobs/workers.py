@@ -1,6 +1,8 @@
 """Running one training loop on many Ray Train workers."""
 
 import os
+import signal
+import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,7 +65,15 @@ def train_on_workers(
             failure_config=FailureConfig(max_failures=workers.max_failures),
         ),
     )
-    trainer.fit()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit()
+    except SystemExit as end:
+        # Ray Train 2.60 answers Ctrl-C by aborting its workers and sys.exit(0), as if all were done.
+        raise KeyboardInterrupt from end
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,25 @@ def test_a_killed_run_resumes_to_the_same_digests(
         assert found.digest == expected.digest, name
 
 
+def test_ctrl_c_in_a_training_ends_with_its_own_code(web_port: int, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    more = ("--until", "train_dvae", "--dvae-steps", "100000")
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            line(output, web_port, *more), stdout=log, stderr=log, start_new_session=True
+        )
+        deadline = time.monotonic() + SECONDS
+        while not (output / "dvae/metrics.jsonl").exists() and process.poll() is None:
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.2)  # polling for the first metrics
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        code = process.wait(timeout=SECONDS)
+    said = (tmp_path / "log").read_text()
+    assert code == 130, said
+    assert "interrupted; run the same line again to go on" in said
+    assert not (output / "dvae/dvae.safetensors").exists()
+
+
 def test_a_taken_port_is_said_before_anything_is_done(tmp_path: Path, web_port: int) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
