@@ -69,7 +69,7 @@ def train_on_workers(
     try:
         trainer.fit()
     except SystemExit as end:
-        # Ray Train 2.60 answers Ctrl-C by aborting its workers and sys.exit(0), as if all were done.
+        # Ray Train 2.60 answers Ctrl-C with an abort and sys.exit(0), as if all were done.
         raise KeyboardInterrupt from end
     finally:
         if threading.current_thread() is threading.main_thread():
