@@ -222,32 +222,31 @@ def test_a_scale_is_divided_once_in_its_patience_and_stays_in_its_limits() -> No
     assert float(scales.values[1]) == config.highest
 
 
-def _train_on_a_rank(rank: int, world_size: int, path: str, kill_at: int | None) -> None:
+def _train_on_a_rank(rank: int, world_size: int, path: Path, kills: dict[str, int | None]) -> None:
+    """Train once for each entry, in the directory of its name, killed at its step."""
     torch.set_num_threads(1)
-    store = Path(path) / f"store-{kill_at}"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    try:
-        told = run(Path(path), kill_at=kill_at, rank=rank, world_size=world_size)
-    except Killed:
-        dist.destroy_process_group()
-        return
-    if rank == 0:
-        torch.save(told["weights"], Path(path) / "weights.pt")
-        (Path(path) / "log.json").write_text(json.dumps(told["log"]))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{path / 'store'}", rank=rank, world_size=world_size
+    )
+    for name, kill_at in kills.items():
+        try:
+            told = run(path / name.strip("+"), kill_at=kill_at, rank=rank, world_size=world_size)
+        except Killed:
+            continue
+        if rank == 0:
+            torch.save(told["weights"], path / f"{name}.pt")
+            (path / f"{name}.json").write_text(json.dumps([told["resumed"], told["log"]]))
     dist.destroy_process_group()
 
 
 def test_two_sharded_ranks_train_like_one_and_resume_in_the_same_bits(tmp_path: Path) -> None:
     one = run(tmp_path / "one")
-    for name in ("two", "killed"):
-        (tmp_path / name).mkdir()
-    mp.spawn(_train_on_a_rank, args=(2, str(tmp_path / "two"), None), nprocs=2)
-    mp.spawn(_train_on_a_rank, args=(2, str(tmp_path / "killed"), 5), nprocs=2)
-    mp.spawn(_train_on_a_rank, args=(2, str(tmp_path / "killed"), None), nprocs=2)
-    whole = torch.load(tmp_path / "two" / "weights.pt", weights_only=True)
-    resumed = torch.load(tmp_path / "killed" / "weights.pt", weights_only=True)
-    assert same(whole, resumed)
-    log = json.loads((tmp_path / "two" / "log.json").read_text())
+    kills = {"two": None, "killed": 5, "killed+": None}
+    mp.spawn(_train_on_a_rank, args=(2, tmp_path, kills), nprocs=2)
+    whole = torch.load(tmp_path / "two.pt", weights_only=True)
+    assert same(whole, torch.load(tmp_path / "killed+.pt", weights_only=True))
+    assert json.loads((tmp_path / "killed+.json").read_text())[0][0][0] == 4
+    log = json.loads((tmp_path / "two.json").read_text())[1]
     for step in range(1, STEPS + 1):
         assert log[str(step)]["loss"] == pytest.approx(one["log"][step]["loss"], rel=1e-3)
     for name, value in one["weights"].items():
@@ -255,8 +254,8 @@ def test_two_sharded_ranks_train_like_one_and_resume_in_the_same_bits(tmp_path: 
 
 
 def test_a_training_on_two_ranks_goes_on_with_one(tmp_path: Path) -> None:
-    mp.spawn(_train_on_a_rank, args=(2, str(tmp_path), 5), nprocs=2)
-    told = run(tmp_path)
+    mp.spawn(_train_on_a_rank, args=(2, tmp_path, {"two": 5}), nprocs=2)
+    told = run(tmp_path / "two")
     assert told["resumed"][0][0] == 4
     one = run(tmp_path / "one")
     assert told["log"][STEPS]["loss"] == pytest.approx(one["log"][STEPS]["loss"], rel=1e-3)
