@@ -26,7 +26,7 @@ def captioned_rows(rows: Sequence[Row], *, headings: Sequence[str] = ()) -> np.n
         raise ValueError("rows must hold at least one picture, got none")
     side, scale = _cell_side(rows)
     font = ImageFont.load_default(TEXT_SIZE)
-    line = font.getbbox("Ág")[3] + 2
+    line = int(font.getbbox("Ág")[3]) + 2
     top = line + 2 * GAP if headings else GAP
     columns = max(len(pictures) for _, pictures in rows)
     width = TEXT_WIDTH + columns * (side + GAP) + GAP
