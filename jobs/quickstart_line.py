@@ -102,7 +102,6 @@ class Clock:
     def __init__(self, file: Path) -> None:
         self.file = file
         self.seconds: dict[str, float] = json.loads(file.read_bytes()) if file.exists() else {}
-        self.last: dict[str, float] = {}
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
@@ -110,6 +109,6 @@ class Clock:
         try:
             yield
         finally:
-            self.last[name] = round(time.monotonic() - started, 1)
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + self.last[name], 1)
+            elapsed = time.monotonic() - started
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + elapsed, 1)
             replace_file(self.file, canonical_json(self.seconds))

@@ -28,6 +28,7 @@ from models.dvae_objective import (
 )
 from pipelines.data.crops import CropConfig
 from pipelines.training import checkpoint
+from pipelines.training.optimizer import adam_moments
 from pipelines.training.picture_loader import PictureLoader, prefetch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -192,16 +193,11 @@ class DVAETrainer:
         return [*said, f"resumed after step {self.step} from {path.name}"]
 
     def _state(self) -> dict[str, Any]:
-        model, moments = {}, {}
-        for name, parameter in self.parameters.items():
-            entry = self.optimizer.state[parameter]
-            if not entry:  # nothing was updated yet: AdamW starts from these
-                entry["step"] = torch.zeros((), dtype=torch.float32, device=self.device)
-                entry["exp_avg"] = torch.zeros_like(parameter)
-                entry["exp_avg_sq"] = torch.zeros_like(parameter)
-            moments[name] = dict(entry)
-            model[name] = parameter.detach()
-        return {"model": model, "moments": moments, "average": self.average.state_dict()}
+        return {
+            "model": {name: parameter.detach() for name, parameter in self.parameters.items()},
+            "moments": adam_moments(self.optimizer, self.parameters.items()),
+            "average": self.average.state_dict(),
+        }
 
     def _count(self, finite: bool) -> None:
         # An overflow of scaled gradients is how fp16 finds its scale, not a fault.

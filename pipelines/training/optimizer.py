@@ -1,10 +1,11 @@
 """AdamW with the paper's values for the prior, and the rule for its step size."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.schedules import PlateauConfig, PlateauHalving, cosine, linear_warmup
 
@@ -47,6 +48,24 @@ def build_optimizer(model: nn.Module, config: PriorOptimizerConfig) -> torch.opt
         eps=config.epsilon,
         fused=True,
     )
+
+
+def adam_moments(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[tuple[str, nn.Parameter]]
+) -> dict[str, dict[str, Tensor]]:
+    """AdamW's state by parameter name, as a checkpoint keeps it and fills it in place.
+
+    Before the first update there is none: it is made as AdamW would make it.
+    """
+    moments = {}
+    for name, parameter in parameters:
+        entry = optimizer.state[parameter]
+        if not entry:
+            entry["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            entry["exp_avg"] = torch.zeros_like(parameter)
+            entry["exp_avg_sq"] = torch.zeros_like(parameter)
+        moments[name] = dict(entry)
+    return moments
 
 
 class StepSize:

@@ -15,7 +15,12 @@ from models.averaging import AveragingConfig, IterateAverage
 from models.prior import PriorConfig
 from models.resblock_scaling import ResblockScales, ResblockScalingConfig
 from pipelines.training import checkpoint
-from pipelines.training.optimizer import PriorOptimizerConfig, StepSize, build_optimizer
+from pipelines.training.optimizer import (
+    PriorOptimizerConfig,
+    StepSize,
+    adam_moments,
+    build_optimizer,
+)
 from pipelines.training.parallelize import (
     all_reduce,
     attach_scales,
@@ -193,17 +198,9 @@ class PriorTrainer:
 
     def _state(self) -> dict[str, Any]:
         """All tensors, by names that do not depend on how the model is wrapped or sharded."""
-        moments: dict[str, Any] = {}
-        for name, parameter in plain_named_parameters(self.prior):
-            entry = self.optimizer.state[parameter]
-            if not entry:  # nothing was updated yet: AdamW starts from these
-                entry["step"] = torch.zeros((), dtype=torch.float32, device=self.device)
-                entry["exp_avg"] = torch.zeros_like(parameter)
-                entry["exp_avg_sq"] = torch.zeros_like(parameter)
-            moments[name] = dict(entry)
         return {
             "model": dict(plain_named_parameters(self.prior)),
-            "moments": moments,
+            "moments": adam_moments(self.optimizer, plain_named_parameters(self.prior)),
             "average": self.average.state_dict(),
             "scales": self.scales.state_dict(),
         }
