@@ -17,7 +17,7 @@ from pipelines.training import tracking
 from pipelines.training.prior_stage import PRIOR_FILE, PriorStage, run_prior_stage
 from pipelines.training.run_directory import read_result, run_tags
 from pipelines.training.token_loader import check_inputs
-from pipelines.training.weights import read_header
+from pipelines.training.weights import STAGE_ONE, read_header
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def describe(job: TrainPriorJob) -> list[str]:
 def train(job: TrainPriorJob) -> dict[str, Any]:
     """Check the inputs, claim the output, train on the workers."""
     manifest = Manifest.load(job.tokens, stage="encode_pairs")
-    read_header(job.dvae, "dvae")
+    read_header(job.dvae, *STAGE_ONE)
     check_inputs(
         manifest,
         job.prior,

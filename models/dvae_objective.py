@@ -92,7 +92,7 @@ def hard_elb(model: DVAE, pixels: Tensor, *, beta: float, generator: torch.Gener
     """
     logits = model.logits(pixels)
     tokens = (logits + gumbel_noise(logits, generator)).argmax(dim=1)
-    return _elb(pixels, model.decoder.from_tokens(tokens), logits, beta)
+    return _elb(pixels, model.stats(tokens), logits, beta)
 
 
 def gumbel_noise(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from models.dvae import DVAE
+from models.stage_one import StageOne
 from pipelines.data.crops import (
     ENCODE_CROPS,
     Crop,
@@ -28,7 +28,7 @@ from pipelines.data.schema import DROPPED, tokens_schema
 from pipelines.data.stage import DatasetWriter, Manifest
 from pipelines.data.storage import sha256_file
 from pipelines.data.tokenizer import CaptionTokenizer
-from pipelines.training.weights import load_dvae, read_header
+from pipelines.training.weights import STAGE_ONE, load_stage_one, read_header
 
 STAGE = "encode_pairs"
 INPUT_COLUMNS = ["key", "url", "caption", "image"]
@@ -66,6 +66,8 @@ class EncodingPlan:
     filtered: Manifest
     writer: DatasetWriter
     dvae: Path
+    stage_one: str
+    """Kind of model in `dvae`: dvae or vqvae."""
     config: EncodingConfig
 
 
@@ -74,7 +76,7 @@ def plan_encoding(
 ) -> EncodingPlan:
     """Check the inputs and name the shards; raises ValueError on a missing or foreign input."""
     manifest = Manifest.load(filtered.resolve(), stage="filter_pairs")
-    read_header(dvae, "dvae")
+    header = read_header(dvae, *STAGE_ONE)
     paths = {"filtered": filtered, "tokenizer": tokenizer, "dvae": dvae}
     writer = DatasetWriter(
         path=output.resolve(),
@@ -88,7 +90,13 @@ def plan_encoding(
         sources={name: str(path.resolve()) for name, path in paths.items()},
         shards=[commit.shard for commit in manifest.shards],
     )
-    return EncodingPlan(filtered=manifest, writer=writer, dvae=dvae.resolve(), config=config)
+    return EncodingPlan(
+        filtered=manifest,
+        writer=writer,
+        dvae=dvae.resolve(),
+        stage_one=header["kind"],
+        config=config,
+    )
 
 
 class ShardEncoder:
@@ -100,7 +108,7 @@ class ShardEncoder:
         found, wanted = sha256_file(plan.dvae), plan.writer.inputs["dvae"]
         if found != wanted:
             raise ValueError(f"{plan.dvae} must have SHA-256 {wanted} on every node, got {found}")
-        model, _ = load_dvae(plan.dvae)
+        model, _ = load_stage_one(plan.dvae)
         # Channels last: 1.4 times as fast on CPU.
         self.model = model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore
 
@@ -110,7 +118,10 @@ class ShardEncoder:
         pairs = plan.filtered.read(row["shard"], INPUT_COLUMNS)
         grid = self.model.config.grid
         schema = tokens_schema(
-            grid, dvae_sha256=inputs["dvae"], tokenizer_sha256=inputs["tokenizer"]
+            grid,
+            stage_one=plan.stage_one,
+            dvae_sha256=inputs["dvae"],
+            tokenizer_sha256=inputs["tokenizer"],
         )
         kept, dropped = encode_shard(pairs, self.model, plan.config, self.device)
         rows_in = len(pairs) * plan.config.crops_per_picture
@@ -120,7 +131,7 @@ class ShardEncoder:
 
 
 def encode_shard(
-    pairs: pa.Table, model: DVAE, config: EncodingConfig, device: torch.device
+    pairs: pa.Table, model: StageOne, config: EncodingConfig, device: torch.device
 ) -> tuple[list[dict[str, Any]], pa.Table]:
     """Token rows and the table of dropped rows of one filtered shard, in its order."""
     kept: list[dict[str, Any]] = []
@@ -166,7 +177,7 @@ def _where(crop: Crop) -> dict[str, int]:
 
 
 @torch.inference_mode()
-def _encode(squares: Sequence[np.ndarray], model: DVAE, device: torch.device) -> list[bytes]:
+def _encode(squares: Sequence[np.ndarray], model: StageOne, device: torch.device) -> list[bytes]:
     """Codes in raster order, little-endian uint16, of (S, S, 3) uint8 squares."""
     # The channels are last in memory as they come, which is how the convolutions are fastest.
     pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).to(device).float().div_(255)

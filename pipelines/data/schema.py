@@ -31,8 +31,12 @@ DROPPED = pa.schema(
 )
 
 
-def tokens_schema(grid: int, *, dvae_sha256: str, tokenizer_sha256: str) -> pa.Schema:
+def tokens_schema(
+    grid: int, *, stage_one: str, dvae_sha256: str, tokenizer_sha256: str
+) -> pa.Schema:
     """Columns of a token shard; `grid` is the number of tokens a side.
+
+    `stage_one` is the kind of model that made the tokens, dvae or vqvae, `dvae_sha256` its digest.
 
     Image tokens are little-endian uint16 in a fixed-size binary: Parquet has no 16-bit integer, and
     reads a list<uint16>, which it stores as int32, more slowly (`make bench`: token-shard-read).
@@ -49,6 +53,7 @@ def tokens_schema(grid: int, *, dvae_sha256: str, tokenizer_sha256: str) -> pa.S
         metadata={
             "manray.schema_version": SCHEMA_VERSION,
             "manray.grid": str(grid),
+            "manray.stage_one": stage_one,
             "manray.dvae_sha256": dvae_sha256,
             "manray.tokenizer_sha256": tokenizer_sha256,
         },

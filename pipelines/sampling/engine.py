@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.dvae import DVAE, DVAEConfig
 from models.prior import Prior, PriorConfig
+from models.stage_one import StageOne, StageOneConfig
 from pipelines.data.tokenizer import CaptionTokenizer
 from pipelines.sampling.decoder import CachedDecoder
 
@@ -129,10 +129,10 @@ class Sample:
 
 
 class Sampler:
-    """Text in, pictures out: a tokenizer, a prior and a dVAE that belong together."""
+    """Text in, pictures out: a tokenizer, a prior and a dVAE (or VQ-VAE) that belong together."""
 
     def __init__(
-        self, prior: Prior, dvae: DVAE, tokenizer: CaptionTokenizer, *, max_candidates: int = 16
+        self, prior: Prior, dvae: StageOne, tokenizer: CaptionTokenizer, *, max_candidates: int = 16
     ) -> None:
         """`max_candidates` is how many pictures advance together; it bounds the caches' memory."""
         check_fit(prior.config, dvae.config, tokenizer)
@@ -249,7 +249,7 @@ def candidate_seed(seed: int, index: int) -> int:
     return (seed + index) % (LARGEST_SEED + 1)
 
 
-def check_fit(prior: PriorConfig, dvae: DVAEConfig, tokenizer: CaptionTokenizer) -> None:
+def check_fit(prior: PriorConfig, dvae: StageOneConfig, tokenizer: CaptionTokenizer) -> None:
     """Refuse models whose grids or vocabularies differ."""
     for name, have, want in (
         ("grid", prior.grid, dvae.grid),

@@ -6,12 +6,18 @@ from typing import Literal
 
 import torch
 
-from models.dvae import DVAEConfig
 from models.prior import PriorConfig
+from models.stage_one import StageOneConfig
 from pipelines.data.storage import sha256_file
 from pipelines.data.tokenizer import CaptionTokenizer
 from pipelines.sampling.engine import Sampler, check_fit
-from pipelines.training.weights import load_dvae, load_prior, read_header
+from pipelines.training.weights import (
+    STAGE_ONE,
+    load_prior,
+    load_stage_one,
+    read_header,
+    stage_one_config,
+)
 
 DeviceChoice = Literal["cpu_or_gpu", "cpu", "gpu"]
 
@@ -41,7 +47,7 @@ class CheckedFiles:
     digests: dict[str, str]
     """SHA-256 of ``tokenizer``, ``dvae`` and ``prior``."""
     prior: PriorConfig
-    dvae: DVAEConfig
+    dvae: StageOneConfig
 
 
 def check_files(files: ModelFiles) -> CheckedFiles:
@@ -52,7 +58,7 @@ def check_files(files: ModelFiles) -> CheckedFiles:
     """
     tokenizer = CaptionTokenizer.from_file(files.tokenizer)
     prior_header = read_header(files.prior, "prior")
-    dvae_header = read_header(files.dvae, "dvae")
+    dvae_header = read_header(files.dvae, *STAGE_ONE)
     digests = {
         "tokenizer": tokenizer.digest,
         "dvae": sha256_file(files.dvae),
@@ -65,7 +71,7 @@ def check_files(files: ModelFiles) -> CheckedFiles:
                 f"{files.prior} was trained with {name} {wanted}, but the {name} given, "
                 f"{getattr(files, name)}, is {digests[name]}: give the one it was trained with"
             )
-    prior, dvae = PriorConfig(**prior_header["config"]), DVAEConfig(**dvae_header["config"])
+    prior, dvae = PriorConfig(**prior_header["config"]), stage_one_config(dvae_header)
     check_fit(prior, dvae, tokenizer)
     return CheckedFiles(files=files, digests=digests, prior=prior, dvae=dvae)
 
@@ -74,7 +80,7 @@ def load_sampler(files: ModelFiles, *, device: DeviceChoice, max_candidates: int
     """A sampler of files that `check_files` accepted."""
     place = torch_device(device)
     prior, _ = load_prior(files.prior)
-    dvae, _ = load_dvae(files.dvae)
+    dvae, _ = load_stage_one(files.dvae)
     tokenizer = CaptionTokenizer.from_file(files.tokenizer)
     return Sampler(prior.to(place), dvae.to(place), tokenizer, max_candidates=max_candidates)
 

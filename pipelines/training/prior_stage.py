@@ -19,7 +19,7 @@ from pipelines.training.prior_trainer import PriorTraining
 from pipelines.training.run_directory import write_result
 from pipelines.training.token_loader import TokenLoader
 from pipelines.training.tracking import Tracker
-from pipelines.training.weights import load_dvae, save_model
+from pipelines.training.weights import load_stage_one, save_model
 
 PRIOR_FILE = "prior.safetensors"
 PREVIEW_PROMPTS = 8
@@ -120,7 +120,7 @@ class _Desk:
 
     def _preview(self, step: int, weights: dict[str, Tensor]) -> None:
         """Sample a few captions of the training set, so that the eye can follow."""
-        dvae, _ = load_dvae(self.stage.dvae)
+        dvae, _ = load_stage_one(self.stage.dvae)
         prior = load_weights(self.stage.prior, weights)
         sampler = Sampler(prior, dvae, self.tokenizer)
         spread = np.linspace(0, len(self.loader) - 1, min(PREVIEW_PROMPTS, len(self.loader)))

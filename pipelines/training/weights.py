@@ -9,7 +9,7 @@ import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,12 +18,15 @@ from torch import Tensor
 
 from models.dvae import DVAE, DVAEConfig
 from models.prior import Prior, PriorConfig
+from models.stage_one import StageOne, StageOneConfig
+from models.vqvae import VQVAE, VQVAEConfig
 
 # One key: safetensors writes its metadata in no fixed order, and equal models must have equal
 # bytes.
 METADATA_KEY = "manray"
 
-Config = TypeVar("Config")
+# Whatever takes a stage-one model takes either.
+STAGE_ONE = ("dvae", "vqvae")
 
 
 def save_model(
@@ -42,47 +45,60 @@ def save_model(
         temporary.unlink(missing_ok=True)
 
 
-def load_dvae(path: Path) -> tuple[DVAE, dict[str, Any]]:
-    """A stage-one model in eval mode, and the metadata it was saved with."""
-    config, state, metadata = _read(path, "dvae", DVAEConfig)
-    model = DVAE(config)
-    model.load_state_dict(state, strict=True)
-    return model.eval(), metadata
+def load_stage_one(path: Path) -> tuple[StageOne, dict[str, Any]]:
+    """A dVAE or a VQ-VAE in eval mode, and the metadata it was saved with."""
+    header = read_header(path, *STAGE_ONE)
+    with torch.device("meta"):
+        model = build_stage_one(stage_one_config(header))
+    model.load_state_dict(_read_state(path), strict=True, assign=True)
+    return model.eval(), header["metadata"]
+
+
+def stage_one_config(header: Mapping[str, Any]) -> StageOneConfig:
+    """The config in the header of a dVAE or a VQ-VAE."""
+    config_type = DVAEConfig if header["kind"] == "dvae" else VQVAEConfig
+    return config_type(**header["config"])
+
+
+def build_stage_one(config: StageOneConfig) -> StageOne:
+    """An untrained model of these sizes."""
+    if isinstance(config, VQVAEConfig):
+        return VQVAE(config)
+    if isinstance(config, DVAEConfig):
+        return DVAE(config)
+    raise TypeError(f"config must be a DVAEConfig or a VQVAEConfig, got {type(config).__name__}")
 
 
 def load_prior(path: Path) -> tuple[Prior, dict[str, Any]]:
     """A prior in eval mode, and the metadata it was saved with."""
-    config, state, metadata = _read(path, "prior", PriorConfig)
+    header = read_header(path, "prior")
     with torch.device("meta"):
-        model = Prior(config)
-    model.load_state_dict(state, strict=True, assign=True)
-    return model.eval(), metadata
+        model = Prior(PriorConfig(**header["config"]))
+    model.load_state_dict(_read_state(path), strict=True, assign=True)
+    return model.eval(), header["metadata"]
 
 
-def read_header(path: Path, kind: str) -> dict[str, Any]:
+def read_header(path: Path, *kinds: str) -> dict[str, Any]:
     """The header of a model file: ``kind``, ``config`` and ``metadata``, without its weights.
 
     Raises ValueError if the file is missing, broken, or another kind of model.
     """
+    wanted = " or ".join(kinds)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except FileNotFoundError:
-        raise ValueError(f"{path} must be a {kind} model file, but there is none") from None
+        raise ValueError(f"{path} must be a {wanted} model file, but there is none") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} must be a safetensors file: {error}") from error
     if METADATA_KEY not in metadata:
         raise ValueError(f"{path} must be made by manray, but its header has no {METADATA_KEY!r}")
     header: dict[str, Any] = json.loads(metadata[METADATA_KEY])
-    if header["kind"] != kind:
-        raise ValueError(f"{path} must hold a {kind}, got a {header['kind']}")
+    if header["kind"] not in kinds:
+        raise ValueError(f"{path} must hold a {wanted}, got a {header['kind']}")
     return header
 
 
-def _read(
-    path: Path, kind: str, config_type: type[Config]
-) -> tuple[Config, dict[str, Tensor], dict[str, Any]]:
-    header = read_header(path, kind)
+def _read_state(path: Path) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-    return config_type(**header["config"]), state, header["metadata"]
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)

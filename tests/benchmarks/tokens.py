@@ -73,7 +73,7 @@ def random_shard(count: int) -> tuple[np.ndarray, pa.Table]:
         "crop_left": [0] * count,
         "crop_top": [0] * count,
     }
-    schema = tokens_schema(GRID, dvae_sha256="0" * 64, tokenizer_sha256="0" * 64)
+    schema = tokens_schema(GRID, stage_one="dvae", dvae_sha256="0" * 64, tokenizer_sha256="0" * 64)
     return tokens, pa.table(columns, schema=schema)
 
 

@@ -14,7 +14,7 @@ from pipelines.data.schema import FILTERED
 from pipelines.data.stage import Manifest
 from pipelines.data.storage import replace_file, sha256_file
 from pipelines.data.tokenizer import CaptionTokenizer, TokenizerConfig, train_tokenizer
-from pipelines.training.weights import load_dvae
+from pipelines.training.weights import load_stage_one
 from tests.fixtures.datasets import CORPUS, filtered_pairs, filtered_row, tiny_dvae, write_dataset
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -59,7 +59,7 @@ def test_a_trained_dvae_is_kept_with_its_record_and_not_trained_again(
     model_file = tmp_path / "dvae/dvae.safetensors"
     assert first["sha256"] == sha256_file(model_file)
     assert first["steps"] == STEPS
-    model, metadata = load_dvae(model_file)
+    model, metadata = load_stage_one(model_file)
     assert metadata["filtered_digest"] == manifest.digest
     assert model.encode(torch.rand(1, 3, 64, 64)).shape == (1, 8, 8)
     rows = [json.loads(line) for line in (tmp_path / "dvae/metrics.jsonl").open()]
@@ -113,7 +113,7 @@ def test_stored_tokens_are_the_codes_of_the_picture_that_is_named(tmp_path: Path
     filtered = encode_inputs(tmp_path)
     assert encode_pairs.main(encode_arguments(tmp_path)) == 0
     tokens = Manifest.load(tmp_path / "tokens", stage="encode_pairs")
-    model, _ = load_dvae(tmp_path / "dvae.safetensors")
+    model, _ = load_stage_one(tmp_path / "dvae.safetensors")
     for shard in ("00000", "00001"):
         pairs, rows = filtered.read(shard), tokens.read(shard).to_pylist()
         for pair, row in zip(pairs.to_pylist(), rows, strict=True):

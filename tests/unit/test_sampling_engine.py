@@ -24,7 +24,7 @@ from pipelines.sampling.engine import (
     sample_image_tokens,
     uniform_draws,
 )
-from pipelines.training.weights import load_dvae
+from pipelines.training.weights import load_stage_one
 from tests.fixtures.models import TINY, TinyModels, random_prior, tiny_models
 
 SMALL = PriorConfig(
@@ -297,7 +297,7 @@ def test_a_prompt_that_is_no_text_is_refused(models: TinyModels, prompt: str) ->
 
 def test_models_that_do_not_belong_together_are_refused(models: TinyModels) -> None:
     sampler = models.sampler()
-    dvae, _ = load_dvae(models.dvae)
+    dvae, _ = load_stage_one(models.dvae)
     changes: list[tuple[dict[str, Any], str]] = [
         ({"grid": 4}, "grid must be the dVAE's, got 4 and 8"),
         ({"image_vocab_size": 64}, "image vocabulary must be the dVAE's, got 64 and 128"),
