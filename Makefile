@@ -10,7 +10,7 @@ READY := $(VENV)/.manray-ready
 TORCH ?= $(shell grep -m1 '^torch==' constraints.txt)
 ARGS ?=
 
-.PHONY: help setup quickstart check test bench clean
+.PHONY: help setup peers quickstart check test bench clean
 
 help: ## this list
 	@echo "manray: a list of pictures on the web to a served text-to-image model, on Ray"
@@ -24,6 +24,10 @@ help: ## this list
 	@echo "               make setup TORCH=\"$(TORCH) --index-url URL_OF_THE_CPU_INDEX\""
 
 setup: $(READY) ## make .venv (again, if pyproject.toml or constraints.txt changed)
+
+# Without what they ask for: DALL-E 0.1 wants a torchvision, for which pip would change torch.
+peers: $(READY) ## the packages that tests and benchmarks compare with, for those who have none
+	$(BIN)/python -m pip install --no-deps -c constraints.txt DALL-E
 
 quickstart: $(READY) ## the whole way at a small size: about 10 minutes on 2 cores
 	$(BIN)/python -m jobs.quickstart tiny $(ARGS)
@@ -63,5 +67,5 @@ $(READY): pyproject.toml constraints.txt
 	    echo "could not make $(VENV): on Debian, apt install python3-venv" >&2; exit 2; }; \
 	fi
 	$(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[test,dev,bench]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[report,test,dev]'
 	@touch $@

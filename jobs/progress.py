@@ -42,6 +42,13 @@ class Progress:
             self._last_line = time.monotonic()
             self._print()
 
+    def say(self, text: str) -> None:
+        """Words of their own, above the bar or between the lines."""
+        if self._bar is not None:
+            self._bar.console.print(f"{self.label}: {text}", markup=False, highlight=False)
+        else:
+            print(f"{self.label}: {text}", flush=True)
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -96,8 +103,12 @@ class FollowMetrics:
                     # A line that is still being written has no end yet: look again at it.
                     whole = [line for line in lines if line.endswith("\n")]
                     offset += sum(len(line.encode()) for line in whole)
-                if whole:
-                    self._show(json.loads(whole[-1]))
+                rows = [json.loads(line) for line in whole]
+                for row in rows:
+                    if "notice" in row:
+                        self._progress.say(row["notice"])
+                if metrics := [row for row in rows if "notice" not in row]:
+                    self._show(metrics[-1])
             if ending:
                 return
 

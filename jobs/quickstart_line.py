@@ -16,6 +16,7 @@ from jobs import (
     train_dvae,
     train_prior,
     train_tokenizer,
+    train_vqvae,
 )
 from jobs.configs.quickstart import QuickstartJob
 from pipelines.data.storage import canonical_json, replace_file
@@ -45,7 +46,7 @@ def model_files(job: QuickstartJob) -> dict[str, Path]:
     """The three files that sampling needs, by the names that its jobs have for them."""
     return {
         "tokenizer": job.output / "tokenizer" / train_tokenizer.TOKENIZER,
-        "dvae": job.output / "dvae" / train_dvae.MODEL_FILE,
+        "dvae": job.output / job.stage_one / f"{job.stage_one}.safetensors",
         "prior": job.output / "prior" / train_prior.PRIOR_FILE,
     }
 
@@ -57,14 +58,15 @@ def stages_of(job: QuickstartJob) -> list[Stage]:
     files = {name: str(path) for name, path in model_files(job).items()}
     models = ("--tokenizer", files["tokenizer"], "--dvae", files["dvae"])
     prior = ("--prior", files["prior"])
+    train_stage_one = {"dvae": train_dvae.main, "vqvae": train_vqvae.main}[job.stage_one]
     return [
         Stage("download_pairs", download_pairs.main, "raw", ("--urls", f"{out}/urls.parquet")),
         Stage("filter_pairs", filter_pairs.main, "filtered", ("--raw", raw)),
         Stage("train_tokenizer", train_tokenizer.main, "tokenizer", ("--filtered", filtered)),
         Stage(
-            "train_dvae",
-            train_dvae.main,
-            "dvae",
+            f"train_{job.stage_one}",
+            train_stage_one,
+            job.stage_one,
             ("--filtered", filtered, "--training.steps", str(job.dvae_steps)),
         ),
         Stage("encode_pairs", encode_pairs.main, "tokens", ("--filtered", filtered, *models)),

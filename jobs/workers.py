@@ -35,8 +35,12 @@ def train_on_workers(
     argument: dict[str, Any],
     workers: WorkersConfig,
     output: Path,
+    *,
+    loaders_per_worker: int = 0,
 ) -> None:
     """Run `loop(argument)` on every worker, in one process group; raises what a worker raised.
+
+    `loaders_per_worker` processes of one CPU each will be started by the loop beside each worker.
 
     Checkpoints are the loop's own affair (pipelines.training.checkpoint): Ray Train 2.60 refuses to
     go on from a run whose snapshot file was cut off, so every attempt is a new Ray Train run to it.
@@ -54,6 +58,13 @@ def train_on_workers(
         raise ValueError(
             f"the cluster must have a {kind} for each of the {workers.num_workers} workers, "
             f"it has {have:.0f}: ask for fewer with --workers.num-workers"
+        )
+    cpus = workers.num_workers * (loaders_per_worker + (not use_gpu))
+    if resources.get("CPU", 0) < cpus:
+        raise ValueError(
+            f"the cluster must have {cpus} CPUs for {workers.num_workers} workers and "
+            f"{loaders_per_worker} loaders beside each, it has {resources.get('CPU', 0):.0f}: ask "
+            "for fewer with --workers.num-workers or --loaders.per-worker"
         )
     trainer = TorchTrainer(
         loop,

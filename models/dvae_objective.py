@@ -13,7 +13,9 @@ from torch.nn import functional as F
 
 from models.dvae import DVAE
 from models.likelihood import display_pixels, picture_log_likelihood
+from models.objective import Loss, SumOverRanks
 from models.schedules import cosine, linear_warmup
+from models.stage_one import StageOne
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +58,70 @@ class DVAESchedule:
         return lr * linear_warmup(step, self.warmup_steps)
 
 
+class DVAEObjective:
+    """Minus the relaxed bound, along its schedules."""
+
+    def __init__(self, model: DVAE, schedule: DVAESchedule) -> None:
+        self.model, self.schedule = model, schedule
+
+    @property
+    def warmup_steps(self) -> int:
+        return self.schedule.beta_steps
+
+    def loss(self, pixels: Tensor, *, step: int, generator: torch.Generator, report: bool) -> Loss:
+        """With `report`, the bounds with and without relaxation, under the same noise."""
+        tau, beta = self.schedule.tau(step), self.schedule.beta(step)
+        logits = self.model.logits(pixels)
+        noise = gumbel_noise(logits, generator)
+        relaxed = elb(pixels, self.model.decoder(gumbel_softmax(logits, tau, noise)), logits, beta)
+        terms: dict[str, Tensor] = {}
+        if report:
+            with torch.no_grad():
+                # The limit of the relaxed draw for tau to 0: the gap is the relaxation's alone.
+                tokens = (logits + noise).argmax(dim=1)
+                hard = elb(pixels, self.model.stats(tokens), logits, beta)
+            terms = {
+                "relaxed_elb": relaxed.value.detach().mean(),
+                "hard_elb": hard.value.mean(),
+                "gap": (relaxed.value.detach() - hard.value).mean(),
+                "reconstruction": relaxed.reconstruction.detach().mean(),
+                "kl": relaxed.kl.detach().mean(),
+            }
+        return Loss(
+            value=-relaxed.value.mean(),
+            per_picture=relaxed.value.detach(),
+            tokens=logits.detach().argmax(dim=1),
+            terms=terms,
+        )
+
+    def settings(self, step: int) -> dict[str, float]:
+        return {"tau": self.schedule.tau(step), "beta": self.schedule.beta(step)}
+
+    def after_update(
+        self, *, generator: torch.Generator, sum_over_ranks: SumOverRanks, is_first: bool
+    ) -> None:
+        """Nothing: all that the dVAE learns, it learns by gradient."""
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    @torch.no_grad()
+    def preview(
+        self, model: StageOne, pixels: Tensor, *, step: int, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """As they are, through their most likely codes, and through relaxed ones."""
+        logits = model.features(pixels)
+        codes = gumbel_softmax(logits, self.schedule.tau(step), gumbel_noise(logits, generator))
+        return {
+            "original": pixels,
+            "hard": model.decode(model.tokens_of(logits)),
+            "relaxed": display_pixels(model.decoder(codes).float()),
+        }
+
+
 @dataclass(frozen=True, kw_only=True)
 class ELB:
-    """A bound and its two parts, each a scalar: mean over the batch, nats per pixel channel."""
+    """A bound and its two parts for each picture, (B,), in nats per channel of a pixel."""
 
     reconstruction: Tensor
     """Log density of the pixels given the codes."""
@@ -66,8 +129,6 @@ class ELB:
     """Divergence of the codes' distribution from the uniform one."""
     beta: float
     """Weight of the divergence."""
-    tokens: Tensor
-    """The most likely codes, (B, g, g) int64."""
 
     @property
     def value(self) -> Tensor:
@@ -75,24 +136,14 @@ class ELB:
         return self.reconstruction - self.beta * self.kl
 
 
-def relaxed_elb(
-    model: DVAE, pixels: Tensor, *, tau: float, beta: float, generator: torch.Generator
-) -> ELB:
-    """The bound with codes relaxed at temperature tau: what is trained on."""
-    logits = model.logits(pixels)
-    codes = gumbel_softmax(logits, tau, gumbel_noise(logits, generator))
-    return _elb(pixels, model.decoder(codes), logits, beta)
-
-
-def hard_elb(model: DVAE, pixels: Tensor, *, beta: float, generator: torch.Generator) -> ELB:
-    """The bound with one-hot codes drawn from the encoder: what is reported.
-
-    The draw is the limit of the relaxed one for tau to 0, so that with an equal generator the gap
-    of the two bounds measures the relaxation and not the noise.
-    """
-    logits = model.logits(pixels)
-    tokens = (logits + gumbel_noise(logits, generator)).argmax(dim=1)
-    return _elb(pixels, model.stats(tokens), logits, beta)
+def elb(pixels: Tensor, stats: Tensor, logits: Tensor, beta: float) -> ELB:
+    """The bound of pictures (B, 3, S, S), decoded as `stats`, whose codes have these `logits`."""
+    channels = pixels[0].numel()
+    return ELB(
+        reconstruction=picture_log_likelihood(pixels, stats) / channels,
+        kl=kl_to_uniform(logits) / channels,
+        beta=beta,
+    )
 
 
 def gumbel_noise(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -116,62 +167,3 @@ def kl_to_uniform(logits: Tensor) -> Tensor:
     """
     log_q = F.log_softmax(logits, dim=1)
     return (log_q.exp() * (log_q + math.log(logits.shape[1]))).sum(dim=(1, 2, 3))
-
-
-def code_counts(tokens: Tensor, vocab_size: int) -> Tensor:
-    """How often each code occurs: (K,) int64."""
-    return torch.bincount(tokens.flatten(), minlength=vocab_size)
-
-
-def codes_used(counts: Tensor) -> int:
-    """Number of codes that occur at all."""
-    return int((counts > 0).sum())
-
-
-def perplexity(counts: Tensor) -> float:
-    """exp of the entropy of the codes' frequencies: K if all are equally frequent."""
-    p = counts.double() / counts.sum().clamp_min(1)
-    return float(torch.special.entr(p).sum().exp())
-
-
-@torch.no_grad()
-def reconstructions(
-    model: DVAE, pixels: Tensor, tau: float, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Pictures to be looked at, each (B, 3, H, W) in [0, 1]: as they are, hard and relaxed."""
-    logits = model.logits(pixels)
-    codes = gumbel_softmax(logits, tau, gumbel_noise(logits, generator))
-    return {
-        "original": pixels,
-        "hard": model.decode(logits.argmax(dim=1)),
-        "relaxed": display_pixels(model.decoder(codes)),
-    }
-
-
-class LossScale:
-    """The factor that keeps fp16 gradients from underflowing: one for the whole loss."""
-
-    GROWTH_STEPS = 2000  # this and the start: torch.amp.GradScaler's defaults
-    START = 2.0**16
-
-    def __init__(self, precision: str) -> None:
-        self.is_used = precision == "fp16"
-        self.value = self.START if self.is_used else 1.0
-        self.finite_steps = 0
-
-    def update(self, finite: bool) -> None:
-        if not self.is_used:
-            return
-        self.finite_steps = self.finite_steps + 1 if finite else 0
-        if not finite:
-            self.value = max(self.value / 2, 1.0)
-        elif self.finite_steps % self.GROWTH_STEPS == 0:
-            self.value *= 2
-
-
-def _elb(pixels: Tensor, stats: Tensor, logits: Tensor, beta: float) -> ELB:
-    channels = pixels[0].numel()
-    reconstruction = picture_log_likelihood(pixels, stats).mean() / channels
-    kl = kl_to_uniform(logits).mean() / channels
-    tokens = logits.detach().argmax(dim=1)
-    return ELB(reconstruction=reconstruction, kl=kl, beta=beta, tokens=tokens)

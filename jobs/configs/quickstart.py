@@ -15,8 +15,10 @@ class QuickstartJob(Job):
     output: Path = Path("runs/quickstart")
     pictures: int = 256
     """Pictures of the corpus in the URL list, besides nine bad rows as the web has them."""
+    stage_one: Literal["dvae", "vqvae"] = "dvae"
+    """Which model turns pictures to codes: the paper's, or the VQ-VAE in its place."""
     dvae_steps: int = train_dvae.TINY.training.steps
-    """Updates of the dVAE."""
+    """Updates of the dVAE, or of the VQ-VAE."""
     prior_steps: int = train_prior.TINY.training.steps
     """Updates of the prior."""
     web_port: int = 8790
@@ -28,6 +30,7 @@ class QuickstartJob(Job):
         "filter_pairs",
         "train_tokenizer",
         "train_dvae",
+        "train_vqvae",
         "encode_pairs",
         "train_prior",
         "sample",

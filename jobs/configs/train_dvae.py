@@ -3,26 +3,26 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jobs.configs.job import Job
+from jobs.configs.stage_one import TINY_CADENCE, WHOLE_PICTURES, TrainStageOneJob
+from jobs.picture_stream import LoadersConfig
 from jobs.workers import WorkersConfig
 from models.averaging import AveragingConfig
 from models.dvae import DVAEConfig
 from models.dvae_objective import DVAESchedule
-from pipelines.data.crops import CropConfig
-from pipelines.training.dvae_loop import DVAECadence, DVAETraining
+from pipelines.training.stage_one_training import DVAETraining
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainDVAEJob(Job):
+class TrainDVAEJob(TrainStageOneJob):
     """Train the dVAE on filtered pictures. The defaults are the paper's."""
 
     output: Path = Path("runs/12b/dvae")
-    filtered: Path = Path("runs/12b/filtered")
-    """Filtered pairs, made by filter_pairs."""
     dvae: DVAEConfig = field(default_factory=DVAEConfig)
     training: DVAETraining = field(default_factory=DVAETraining)
-    cadence: DVAECadence = field(default_factory=DVAECadence)
-    workers: WorkersConfig = field(default_factory=lambda: WorkersConfig(num_workers=64))
+
+    @property
+    def model(self) -> DVAEConfig:
+        return self.dvae
 
 
 TINY = TrainDVAEJob(
@@ -45,12 +45,12 @@ TINY = TrainDVAEJob(
             lr_steps=1200,
             warmup_steps=30,
         ),
-        # Whole pictures, as jobs.encode_pairs tiny has them.
-        crops=CropConfig(scale_low=1.0, scale_high=1.0, flip=False),
+        crops=WHOLE_PICTURES,
         averaging=AveragingConfig(decay=0.99, every=1),
     ),
-    cadence=DVAECadence(log_every=25, checkpoint_every=200, images_every=400),
+    cadence=TINY_CADENCE,
     workers=WorkersConfig(num_workers=2),
+    loaders=LoadersConfig(per_worker=1),
 )
 
 PRESETS: dict[str, tuple[str, TrainDVAEJob]] = {

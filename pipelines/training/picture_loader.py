@@ -2,13 +2,16 @@
 
 Sample p of a run (p = step x batch + place in the batch) is a fixed picture under a fixed
 augmentation: a resumed run, on any number of ranks, sees what the uninterrupted one would have
-seen. This is why it is no Ray Data iterator, which begins anew after a restart.
+seen. Whoever holds a loader can make any batch: a thread of the training process (`prefetch`), or
+actors beside it (jobs.picture_stream).
 """
 
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
@@ -16,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.data.crops import CropConfig, UnusablePicture, decode_picture, random_crop
+from pipelines.data.crops import CropConfig, random_crop
+from pipelines.data.decode import UnusablePicture, decode_picture
 from pipelines.data.stage import Manifest
 
 WINDOW_SHARDS = 4
@@ -25,6 +29,16 @@ DECODED_BYTES = 256 << 20
 """Pictures stay decoded in memory if all of them fit in this."""
 PREFETCH_BATCHES = 2
 TRIES = 100
+
+
+@dataclass(frozen=True)
+class PictureBatch:
+    """One rank's pictures of one update."""
+
+    pixels: Tensor
+    """(B, 3, S, S) uint8; the memory is channels-last, as the pictures are."""
+    unusable: int
+    """Pictures that gave no square and were replaced by the next one."""
 
 
 class PictureLoader:
@@ -50,8 +64,7 @@ class PictureLoader:
         self.manifest, self.crops, self.image_size = manifest, crops, image_size
         self.batch_samples, self.seed = batch_samples, seed
         self.rank, self.world_size = rank, world_size
-        self.unusable = 0
-        """Pictures that gave no square and were replaced by the next one, so far."""
+        self._unusable = 0
         self._shards = [shard.shard for shard in manifest.shards if shard.rows_out]
         self._rows = [shard.rows_out for shard in manifest.shards if shard.rows_out]
         self._order = lru_cache(maxsize=2)(self._shuffle)
@@ -62,13 +75,16 @@ class PictureLoader:
     def __len__(self) -> int:
         return sum(self._rows)
 
-    def batch(self, step: int) -> Tensor:
-        """This rank's part of the global batch of update `step`: (B, 3, S, S) uint8.
-
-        The memory is channels-last, as the pictures are.
-        """
+    def squares(self, step: int) -> tuple[np.ndarray, int]:
+        """This rank's part of update `step`'s batch: (B, S, S, 3) uint8, and pictures replaced."""
+        before = self._unusable
         samples = [self._sample(position) for position in self._positions(step)]
-        return torch.from_numpy(np.stack(samples)).permute(0, 3, 1, 2)
+        return np.stack(samples), self._unusable - before
+
+    def batch(self, step: int) -> PictureBatch:
+        """The same as a training takes it."""
+        squares, unusable = self.squares(step)
+        return PictureBatch(torch.from_numpy(squares).permute(0, 3, 1, 2), unusable)
 
     def keys(self, step: int) -> list[str]:
         """The keys of the pairs at the places of `batch`."""
@@ -93,7 +109,7 @@ class PictureLoader:
             try:
                 return random_crop(self._decode(shard, row), self.image_size, self.crops, rng)[0]
             except UnusablePicture as error:
-                self.unusable += 1
+                self._unusable += 1
                 last = f"picture {row} of shard {self._shards[shard]} is {error}"
         raise ValueError(
             f"{self.manifest.path} must hold pictures of at least {self.image_size} pixels, but "
@@ -145,22 +161,22 @@ class PictureLoader:
 
 @contextmanager
 def prefetch(
-    read: Callable[[int], Tensor], first: int, last: int
-) -> Iterator[Callable[[int], Tensor]]:
-    """`read` for the steps first, first + 1, … last - 1, a few ahead in a thread of its own."""
+    read: Callable[[int], PictureBatch], first: int, last: int
+) -> Iterator[Iterator[PictureBatch]]:
+    """`read` of the steps first, first + 1, … last - 1, a few ahead in a thread of its own."""
     with ThreadPoolExecutor(1, thread_name_prefix="pictures") as pool:
-        futures: dict[int, Future[Tensor]] = {}
+        ahead: deque[Future[PictureBatch]] = deque()
 
-        def take(step: int) -> Tensor:
-            for ahead in range(step, min(step + 1 + PREFETCH_BATCHES, last)):
-                if ahead not in futures:
-                    futures[ahead] = pool.submit(read, ahead)
-            return futures.pop(step).result()
+        def batches() -> Iterator[PictureBatch]:
+            for step in range(first, last):
+                if step + PREFETCH_BATCHES < last:
+                    ahead.append(pool.submit(read, step + PREFETCH_BATCHES))
+                yield ahead.popleft().result()
 
         for step in range(first, min(first + PREFETCH_BATCHES, last)):
-            futures[step] = pool.submit(read, step)
+            ahead.append(pool.submit(read, step))
         try:
-            yield take
+            yield batches()
         finally:
-            for future in futures.values():
+            for future in ahead:
                 future.cancel()

@@ -42,13 +42,16 @@ class Tracker:
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Enter numbers at a step; non-finite ones are entered as they are."""
-        row = {"step": step, "time": round(time.time(), 3)} | dict(metrics)
-        with self._file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self._append({"step": step} | dict(metrics))
         entities = _entities()
         now = int(time.time() * 1000)
         batch = [entities.Metric(key, float(value), now, step) for key, value in metrics.items()]
         self._send("log_batch", metrics=batch)
+
+    def notice(self, text: str, step: int) -> None:
+        """Enter words that a person must read: the driver shows them, MLflow keeps the last."""
+        self._append({"step": step, "notice": text})
+        self.set_tags({"notice": f"update {step}: {text}"})
 
     def rewind(self, step: int) -> None:
         """Forget the metrics after a step, which a resumed training will enter again."""
@@ -78,6 +81,10 @@ class Tracker:
 
     def finish(self, status: str) -> None:
         self._send("set_terminated", status=status)
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        with self._file.open("a") as file:
+            file.write(json.dumps(dict(row) | {"time": round(time.time(), 3)}) + "\n")
 
     def _send(self, method: str, *args: Any, **arguments: Any) -> None:
         if self._client is None:

@@ -60,6 +60,11 @@ def stage_one_config(header: Mapping[str, Any]) -> StageOneConfig:
     return config_type(**header["config"])
 
 
+def stage_one_kind(config: StageOneConfig) -> str:
+    """dvae or vqvae: the kind of model that has such a config."""
+    return "vqvae" if isinstance(config, VQVAEConfig) else "dvae"
+
+
 def build_stage_one(config: StageOneConfig) -> StageOne:
     """An untrained model of these sizes."""
     if isinstance(config, VQVAEConfig):

@@ -26,6 +26,34 @@ def test_the_gradients_are_those_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda m, s: log_density(x, m, s), (mu, ln_b))
 
 
+def test_the_gradients_of_a_picture_are_those_of_the_formula() -> None:
+    """d ln p / d mu = sign(logit x - mu) / b, d ln p / d ln b = |logit x - mu| / b - 1."""
+    torch.manual_seed(0)
+    pixels = torch.rand(2, 3, 4, 4, dtype=torch.float64)
+    stats = torch.randn(2, 6, 4, 4, dtype=torch.float64, requires_grad=True)
+    log_density(map_pixels(pixels), *stats.chunk(2, dim=1)).sum().backward()
+    assert stats.grad is not None
+    mu, ln_b = stats.detach().chunk(2, dim=1)
+    distance = torch.logit(map_pixels(pixels)) - mu
+    torch.testing.assert_close(stats.grad[:, :3], distance.sign() / ln_b.exp())
+    torch.testing.assert_close(stats.grad[:, 3:], distance.abs() / ln_b.exp() - 1)
+
+
+def test_the_gradient_of_the_integral_is_zero() -> None:
+    """It is 1 for every mu and b, so its numerical integral must not move with them."""
+    t = torch.linspace(-40, 40, 400_001, dtype=torch.float64)
+    x = torch.sigmoid(t)
+    mu = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    ln_b = torch.tensor(-0.4, dtype=torch.float64, requires_grad=True)
+    inside = (x > 0) & (x < 1)
+    density = log_density(x[inside], mu, ln_b).exp() * (x * (1 - x))[inside]
+    torch.trapezoid(density, t[inside]).backward()
+    assert mu.grad is not None
+    assert ln_b.grad is not None
+    assert abs(float(mu.grad)) < 1e-3
+    assert abs(float(ln_b.grad)) < 1e-3
+
+
 def test_the_density_is_the_formula_of_the_paper() -> None:
     x, mu, b = 0.3, 0.5, 0.2
     logit = math.log(x / (1 - x))

@@ -3,18 +3,17 @@ import math
 import pytest
 import torch
 
+from models.code_usage import code_counts, codes_used, perplexity
 from models.dvae import DVAE, DVAEConfig
 from models.dvae_objective import (
-    code_counts,
-    codes_used,
+    DVAEObjective,
+    DVAESchedule,
     gumbel_noise,
     gumbel_softmax,
-    hard_elb,
     kl_to_uniform,
-    perplexity,
-    relaxed_elb,
 )
 from models.likelihood import picture_log_likelihood
+from models.objective import Loss
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -26,24 +25,53 @@ def small_model() -> DVAE:
     return DVAE(DVAEConfig(image_size=16, vocab_size=12, n_hid=8, n_init=6, n_blk_per_group=1))
 
 
+def loss_of(model: DVAE, pixels: torch.Tensor, *, tau: float, beta: float) -> Loss:
+    schedule = DVAESchedule(tau_start=tau, tau_end=tau, beta_start=beta, beta_end=beta)
+    objective = DVAEObjective(model, schedule)
+    return objective.loss(pixels, step=0, generator=generator(), report=True)
+
+
 def test_the_relaxed_bound_meets_the_hard_one_as_tau_falls() -> None:
     model, pixels = small_model(), torch.rand(4, 3, 16, 16)
-    hard = hard_elb(model, pixels, beta=1.0, generator=generator()).value
     gaps = []
     for tau in (1.0, 1 / 16, 1e-4):
-        relaxed = relaxed_elb(model, pixels, tau=tau, beta=1.0, generator=generator()).value
-        gaps.append(abs(float(relaxed.detach() - hard.detach())))
+        terms = loss_of(model, pixels, tau=tau, beta=1.0).terms
+        assert float(terms["gap"]) == pytest.approx(
+            float(terms["relaxed_elb"] - terms["hard_elb"]), abs=1e-6
+        )
+        gaps.append(abs(float(terms["gap"])))
     assert gaps[0] > gaps[1] > gaps[2]
     assert gaps[2] < 1e-5
 
 
 def test_the_bound_is_per_channel_of_a_pixel() -> None:
     model, pixels = small_model(), torch.rand(4, 3, 16, 16)
-    elb = relaxed_elb(model, pixels, tau=0.5, beta=6.6, generator=generator())
+    loss = loss_of(model, pixels, tau=0.5, beta=6.6)
     logits = model.logits(pixels)
     codes = gumbel_softmax(logits, 0.5, gumbel_noise(logits, generator()))
     nats = picture_log_likelihood(pixels, model.decoder(codes)) - 6.6 * kl_to_uniform(logits)
-    torch.testing.assert_close(elb.value, nats.mean() / (16 * 16 * 3))
+    torch.testing.assert_close(loss.value, -nats.mean() / (16 * 16 * 3))
+    torch.testing.assert_close(loss.per_picture, nats.detach() / (16 * 16 * 3))
+    assert torch.equal(loss.tokens, logits.argmax(dim=1))
+
+
+def test_the_hard_bound_is_that_of_codes_drawn_from_the_encoder() -> None:
+    model, pixels = small_model(), torch.rand(2, 3, 16, 16)
+    logits = model.logits(pixels)
+    tokens = (logits + gumbel_noise(logits, generator())).argmax(dim=1)
+    nats = picture_log_likelihood(pixels, model.stats(tokens)) - 2.0 * kl_to_uniform(logits)
+    hard = loss_of(model, pixels, tau=0.5, beta=2.0).terms["hard_elb"]
+    torch.testing.assert_close(hard, nats.detach().mean() / (16 * 16 * 3))
+
+
+def test_the_divergence_pulls_on_the_unrelaxed_distribution() -> None:
+    """Its gradient must not depend on the temperature (openai/DALL-E issue 26)."""
+    logits = torch.randn(2, 12, 2, 2, dtype=torch.float64, generator=generator(3))
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(kl_to_uniform, logits)
+    model, pixels = small_model(), torch.rand(2, 3, 16, 16)
+    kls = [loss_of(model, pixels, tau=tau, beta=1.0).terms["kl"] for tau in (1.0, 1 / 16)]
+    assert torch.equal(*kls)
 
 
 def test_equal_generators_give_equal_noise_and_others_do_not() -> None:

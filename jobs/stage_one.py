@@ -1,0 +1,109 @@
+"""The part that `train_dvae` and `train_vqvae` share: check, claim, train on the workers."""
+
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from jobs import runtime, workers
+from jobs.configs.stage_one import TrainStageOneJob
+from jobs.picture_stream import LoadersConfig, stream_pictures
+from jobs.progress import FollowMetrics
+from pipelines.data import plan
+from pipelines.data.stage import Manifest
+from pipelines.data.storage import sha256_file
+from pipelines.training import tracking
+from pipelines.training.picture_loader import prefetch
+from pipelines.training.run_directory import read_result, run_tags
+from pipelines.training.stage_one_stage import StageOneStage, model_file, run_stage_one
+from pipelines.training.weights import build_stage_one, stage_one_kind
+
+
+def describe(job: TrainStageOneJob) -> list[str]:
+    """What a dry run says."""
+    import torch
+
+    with torch.device("meta"):
+        model = build_stage_one(job.model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    pictures = job.training.steps * job.training.batch_samples
+    return [
+        f"{parameters:,} parameters; {job.model.image_size} px to a grid of "
+        f"{job.model.grid}×{job.model.grid} of {job.model.vocab_size:,} codes",
+        # fp32: weights, gradients, two moments, average.
+        f"{20 * parameters / 1e9:,.2f} GB of state on each of {job.workers.num_workers} workers",
+        f"{pictures:,} pictures in {job.training.steps:,} updates",
+        f"{job.loaders.per_worker * job.workers.num_workers} processes that make the batches",
+    ]
+
+
+def train(job: TrainStageOneJob) -> dict[str, Any]:
+    """Check the input, claim the output, train on the workers."""
+    manifest = Manifest.load(job.filtered, stage="filter_pairs")
+    kind = stage_one_kind(job.model)
+    made = model_file(job.output, job.model)
+    settings = {kind: asdict(job.model), "training": asdict(job.training)}
+    inputs = {"filtered": manifest.digest}
+    with plan.lease(job.output):
+        plan.claim(job.output, stage=f"train_{kind}", config=settings, inputs=inputs)
+        if made.exists():
+            runtime.nothing_to_do(made)
+        else:
+            _train(job, settings, inputs)
+    return {"model": str(made), "sha256": sha256_file(made)} | read_result(job.output)
+
+
+def _train(job: TrainStageOneJob, settings: dict[str, Any], inputs: dict[str, str]) -> None:
+    uri = runtime.tracking_uri()
+    verb = f"train_{stage_one_kind(job.model)}"
+    with (
+        runtime.ray_session(),
+        tracking.open_run(
+            job.tracking,
+            stage=verb,
+            settings=settings,
+            tags=run_tags(inputs, {"filtered": job.filtered}),
+            directory=job.output,
+            uri=uri,
+        ) as tracker,
+        FollowMetrics(
+            job.output / tracking.METRICS_FILE,
+            verb,
+            job.training.steps,
+            ("hard_elb", "gap", "perplexity", "images_per_second"),
+        ),
+    ):
+        # The workers' own directory is elsewhere.
+        stage = StageOneStage(
+            output=job.output.resolve(),
+            filtered=job.filtered.resolve(),
+            config=job.model,
+            training=job.training,
+            cadence=job.cadence,
+            tracking_uri=uri,
+            run_id=tracker.run_id,
+        )
+        workers.train_on_workers(
+            work,
+            {"stage": stage, "loaders": job.loaders},
+            job.workers,
+            job.output,
+            loaders_per_worker=job.loaders.per_worker,
+        )
+
+
+def work(argument: dict[str, Any]) -> None:
+    """One worker's part."""
+    worker = workers.this_worker()
+    stage: StageOneStage = argument["stage"]
+    loaders: LoadersConfig = argument["loaders"]
+    if loaders.per_worker:
+        batches = partial(stream_pictures, stage, worker, loaders)
+    else:
+        batches = partial(prefetch, stage.loader(worker.rank, worker.world_size).batch)
+    run_stage_one(
+        stage,
+        batches=batches,
+        device=worker.device,
+        rank=worker.rank,
+        world_size=worker.world_size,
+    )

@@ -1,0 +1,143 @@
+"""Training stage one from a filtered dataset to a model file: what a rank does, and what rank 0."""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.stage_one import StageOneConfig
+from pipelines.data.stage import Manifest
+from pipelines.training.codebook_picture import codebook_picture
+from pipelines.training.picture_loader import PictureLoader
+from pipelines.training.run_directory import write_result
+from pipelines.training.stage_one_loop import Batches, train_stage_one
+from pipelines.training.stage_one_training import StageOneCadence, StageOneTraining
+from pipelines.training.tracking import Tracker
+from pipelines.training.weights import save_model, stage_one_kind
+
+SHOWN_PICTURES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageOneStage:
+    """All that a worker needs to know; travels to it."""
+
+    output: Path
+    filtered: Path
+    config: StageOneConfig
+    training: StageOneTraining
+    cadence: StageOneCadence
+    tracking_uri: str
+    run_id: str | None
+
+    @property
+    def model_file(self) -> Path:
+        return model_file(self.output, self.config)
+
+    def loader(self, rank: int, world_size: int) -> PictureLoader:
+        """What makes a rank's batches."""
+        return PictureLoader(
+            Manifest.load(self.filtered, stage="filter_pairs"),
+            self.training.crops,
+            image_size=self.config.image_size,
+            batch_samples=self.training.batch_samples,
+            seed=self.training.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+
+
+def model_file(output: Path, config: StageOneConfig) -> Path:
+    """Where a training leaves its model: OUTPUT/dvae.safetensors or OUTPUT/vqvae.safetensors."""
+    return output / f"{stage_one_kind(config)}.safetensors"
+
+
+def run_stage_one(
+    stage: StageOneStage,
+    *,
+    batches: Batches,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+) -> None:
+    """Train on this rank; rank 0 writes metrics, pictures, `result.json` and the model file."""
+    desk = _Desk(stage) if rank == 0 else None
+    weights = train_stage_one(
+        stage.config,
+        stage.training,
+        cadence=stage.cadence,
+        batches=batches,
+        keys=stage.loader(rank, world_size).keys,
+        shown=stage.loader(0, 1).batch(0).pixels[:SHOWN_PICTURES],
+        device=device,
+        rank=rank,
+        world_size=world_size,
+        checkpoints=stage.output / "checkpoints",
+        on_log=desk.log if desk else _ignore,
+        on_resume=desk.resume if desk else _ignore,
+        on_images=desk.show if desk else _ignore_images,
+    )
+    if desk:
+        desk.keep(weights)
+
+
+class _Desk:
+    """What rank 0 does with what the loop hands out."""
+
+    def __init__(self, stage: StageOneStage) -> None:
+        self.stage = stage
+        self.tracker = Tracker(stage.output, stage.tracking_uri, stage.run_id)
+        self.metrics: dict[str, float] = {}
+        self.started = time.monotonic()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        collapsed_before = self.metrics.get("codebook_collapsed")
+        self.metrics = metrics
+        self.tracker.log_metrics(metrics, step)
+        if metrics["codebook_collapsed"] and not collapsed_before:
+            self.tracker.notice(
+                f"THE CODEBOOK HAS COLLAPSED: {metrics['codes_used']:.0f} of "
+                f"{self.stage.config.vocab_size} codes are in use after update {step}. Pictures "
+                "will lose their detail. For a short dVAE training, begin with the full KL weight "
+                "(--training.schedule.beta-start); see docs/stage-one.md",
+                step,
+            )
+
+    def resume(self, step: int, said: list[str]) -> None:
+        self.tracker.rewind(step)
+        for line in said:
+            self.tracker.notice(line, step)
+
+    def show(self, step: int, pictures: dict[str, np.ndarray], usage: np.ndarray) -> None:
+        # One column a picture; rows of originals, hard and relaxed reconstructions.
+        rows = [np.concatenate(list(row), axis=1) for row in pictures.values()]
+        self.tracker.log_image("reconstructions", np.concatenate(rows, axis=0), step)
+        self.tracker.log_image("codebook", codebook_picture(usage, f"update {step}"), step)
+
+    def keep(self, weights: dict[str, Tensor]) -> None:
+        stage = self.stage
+        result = {
+            "steps": stage.training.steps,
+            "training_seconds": round(time.monotonic() - self.started, 1),
+            **{name: round(value, 5) for name, value in self.metrics.items()},
+        }
+        write_result(stage.output, result)
+        manifest = Manifest.load(stage.filtered, stage="filter_pairs")
+        save_model(
+            stage.model_file,
+            kind=stage_one_kind(stage.config),
+            config=stage.config,
+            state=weights,
+            metadata={"filtered_digest": manifest.digest, "training": asdict(stage.training)},
+        )
+
+
+def _ignore(step: int, what: object) -> None:
+    """Ranks other than the first keep nothing."""
+
+
+def _ignore_images(step: int, pictures: object, usage: object) -> None:
+    """And show nothing."""

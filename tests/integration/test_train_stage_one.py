@@ -1,0 +1,145 @@
+"""jobs.train_dvae and jobs.train_vqvae, end to end on a real Ray."""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jobs import train_dvae, train_vqvae
+from pipelines.data.stage import Manifest
+from pipelines.data.storage import sha256_file
+from pipelines.training.weights import load_stage_one
+from tests.fixtures.datasets import filtered_pairs
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+STEPS = 4
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "dvae": train_dvae.main,
+    "vqvae": train_vqvae.main,
+}
+
+
+@pytest.fixture(scope="module")
+def filtered(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return filtered_pairs(tmp_path_factory.mktemp("pairs") / "filtered", rows=48)
+
+
+def arguments(kind: str, filtered: Manifest, output: Path, *more: str) -> list[str]:
+    return [
+        "tiny",
+        f"--filtered={filtered.path}",
+        f"--output={output}",
+        f"--training.steps={STEPS}",
+        "--cadence.log-every=2",
+        "--cadence.checkpoint-every=2",
+        f"--{kind}.n-hid=8",
+        *more,
+    ]
+
+
+def summary(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    line: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return line
+
+
+@pytest.mark.parametrize("kind", ["dvae", "vqvae"])
+def test_a_trained_model_is_kept_with_its_record_and_not_trained_again(
+    kind: str, filtered: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = arguments(kind, filtered, tmp_path / kind)
+    assert VERBS[kind](line) == 0
+    first = summary(capsys)
+    file = tmp_path / kind / f"{kind}.safetensors"
+    assert first["sha256"] == sha256_file(file)
+    assert first["steps"] == STEPS
+    model, metadata = load_stage_one(file)
+    assert metadata["filtered_digest"] == filtered.digest
+    assert model.encode(torch.rand(1, 3, 64, 64)).shape == (1, 8, 8)
+    rows = [json.loads(line) for line in (tmp_path / kind / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert {"hard_elb", "reconstruction", "kl", "perplexity", "codes_used"} <= set(rows[-1])
+    check_pictures(tmp_path / kind)
+    assert VERBS[kind](line) == 0
+    out = capsys.readouterr().out
+    assert "nothing to do" in out
+    assert json.loads(out.splitlines()[-1])["sha256"] == first["sha256"]
+    assert VERBS[kind]([*line, "--training.seed=1"]) == 2
+
+
+def check_pictures(output: Path) -> None:
+    """What the MLflow UI shows of the run: reconstructions and the codebook's use."""
+    from mlflow import MlflowClient
+
+    run = json.loads((output / ".mlflow_run.json").read_text())
+    client = MlflowClient(tracking_uri=run["uri"])
+    names = [Path(image.path).name for image in client.list_artifacts(run["run_id"], "images")]
+    for key in ("reconstructions", "codebook"):
+        assert [name for name in names if name.startswith(key)], names
+    assert client.get_metric_history(run["run_id"], "perplexity")[-1].step == STEPS
+
+
+def test_pictures_from_actors_and_from_a_thread_train_the_same_model(
+    filtered: Manifest, tmp_path: Path
+) -> None:
+    """And so do those of an actor that was killed: Ray starts another, batches have numbers."""
+    line = arguments("dvae", filtered, tmp_path / "killed", "--training.steps=60")
+    killed = threading.Event()
+    killer = threading.Thread(target=kill_a_reader, args=(tmp_path / "killed", killed))
+    killer.start()
+    assert train_dvae.main(line) == 0
+    killer.join()
+    assert killed.is_set()
+    line = arguments("dvae", filtered, tmp_path / "thread", "--training.steps=60")
+    assert train_dvae.main([*line, "--loaders.per-worker=0"]) == 0
+    files = [tmp_path / name / "dvae.safetensors" for name in ("killed", "thread")]
+    assert sha256_file(files[0]) == sha256_file(files[1])
+
+
+def kill_a_reader(output: Path, killed: threading.Event) -> None:
+    """Wait for the first metrics, then kill one of the actors that make batches."""
+    for _ in range(600):
+        if (output / "metrics.jsonl").exists() and (pids := readers()):
+            os.kill(pids[0], signal.SIGKILL)
+            killed.set()
+            return
+        threading.Event().wait(0.1)  # polling for the first metrics
+
+
+def readers() -> list[int]:
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            try:
+                title = (process / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if b"BatchReader" in title and title.startswith(b"ray::"):
+                found.append(int(process.name))
+    return sorted(found)
+
+
+def test_a_collapsed_codebook_is_said_loudly(
+    filtered: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A codebook of 8,192 of which 4 batches of 8 pictures can use a few: under one in a hundred.
+    more = ("--dvae.vocab-size=65536", "--loaders.per-worker=0", "--dvae.n-init=4")
+    assert train_dvae.main(arguments("dvae", filtered, tmp_path / "dvae", *more)) == 0
+    out = capsys.readouterr().out
+    assert "THE CODEBOOK HAS COLLAPSED" in out
+    rows = [json.loads(line) for line in (tmp_path / "dvae/metrics.jsonl").open()]
+    assert len([row for row in rows if "notice" in row]) == 1
+    assert [row["codebook_collapsed"] for row in rows if "notice" not in row] == [1.0, 1.0]
+
+
+def test_too_few_processors_are_said_before_anything_starts(
+    filtered: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = arguments("dvae", filtered, tmp_path / "dvae", "--loaders.per-worker=9")
+    assert train_dvae.main(line) == 2
+    assert "must have 20 CPUs for 2 workers and 9 loaders" in capsys.readouterr().err
