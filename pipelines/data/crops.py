@@ -3,25 +3,13 @@
 Everything is a function of its arguments: randomness comes from an explicit numpy Generator.
 """
 
-import io
-import warnings
+import math
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from PIL import Image
 
-from pipelines.data.resize import DECODE_FAILURES, FORMATS
-
-MAX_PIXELS = 50_000_000  # a stored picture is our own encoding: a larger one is not ours
-
-
-class UnusablePicture(Exception):
-    """A stored picture that gives no square; `reason` is a drop reason."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
+from pipelines.data.decode import UnusablePicture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,19 +58,6 @@ class Crop:
     top: int
 
 
-def decode_picture(data: bytes) -> np.ndarray:
-    """The pixels (H, W, 3) uint8 of a stored picture; raises UnusablePicture."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
-            if picture.width * picture.height > MAX_PIXELS:
-                raise UnusablePicture("too_many_pixels", f"{picture.width} x {picture.height}")
-            return np.asarray(picture.convert("RGB"))
-        except (*DECODE_FAILURES, Image.DecompressionBombError) as error:
-            raise UnusablePicture("broken_picture", type(error).__name__) from error
-
-
 def random_crop(
     picture: np.ndarray, image_size: int, config: CropConfig, rng: np.random.Generator
 ) -> tuple[np.ndarray, Crop]:
@@ -98,13 +73,13 @@ def random_crop(
     top, left = (_offset(side - short, config, rng) for side in (height, width))
     low, high = (round(scale * image_size) for scale in (config.scale_low, config.scale_high))
     side = int(rng.integers(min(short, low), min(short, high), endpoint=True))
+    y, x = (int(rng.integers(0, side - image_size, endpoint=True)) for _ in range(2))
     square = picture[top : top + short, left : left + short]
     if side != short:
-        square = cv2.resize(square, (side, side), interpolation=cv2.INTER_AREA)
-    y, x = (int(rng.integers(0, side - image_size, endpoint=True)) for _ in range(2))
+        square = _scale(square, side, y + image_size, x + image_size)
     pixels = square[y : y + image_size, x : x + image_size]
     if config.flip and rng.random() < 0.5:
-        pixels = pixels[:, ::-1]
+        pixels = cv2.flip(pixels, 1)  # 4 times as fast as numpy's copy of a mirrored view
     back = short / side
     crop = Crop(
         size=round(image_size * back), left=left + round(x * back), top=top + round(y * back)
@@ -115,3 +90,17 @@ def random_crop(
 def _offset(slack: int, config: CropConfig, rng: np.random.Generator) -> int:
     low, high = int(config.slack_low * slack), int(config.slack_high * slack)
     return int(rng.integers(low, high, endpoint=True))
+
+
+def _scale(square: np.ndarray, side: int, height: int, width: int) -> np.ndarray:
+    """A square scaled to `side` by area, at least its first `height` rows and `width` columns.
+
+    Only from the top left: there, and nowhere else, OpenCV computes the very weights of the whole.
+    """
+    cv2.setNumThreads(1)  # the processes are the parallelism
+    ratio = side / len(square)
+    # One more than needed: the last pixel of a cut is made of what is left of its area.
+    rows, columns = (math.ceil(wanted / ratio) + 1 for wanted in (height, width))
+    return cv2.resize(
+        square[:rows, :columns], None, fx=ratio, fy=ratio, interpolation=cv2.INTER_AREA
+    )

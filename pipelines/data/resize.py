@@ -83,7 +83,7 @@ def resize_picture(data: bytes, config: ResizeConfig) -> Resized:
             return opened
         try:
             opened.load()
-            picture = _flatten(_upright(opened))
+            picture = flatten(upright(opened))
         except DECODE_FAILURES as error:
             return Resized(reason="broken_picture", detail=_said(error))
     return _encode(picture, config)
@@ -111,7 +111,7 @@ def _said(error: BaseException) -> str:
     return words if words and "0x" not in words else type(error).__name__
 
 
-def _upright(picture: Image.Image) -> Image.Image:
+def upright(picture: Image.Image) -> Image.Image:
     """Turned as its camera says, because the caption is about what people see."""
     try:
         return ImageOps.exif_transpose(picture)
@@ -119,7 +119,7 @@ def _upright(picture: Image.Image) -> Image.Image:
         return picture  # a broken EXIF block is no reason to lose the picture
 
 
-def _flatten(picture: Image.Image) -> Image.Image:
+def flatten(picture: Image.Image) -> Image.Image:
     """Eight-bit RGB on a white ground, whatever the mode was."""
     if picture.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip, not scale
         grey = np.asarray(picture).astype(np.int64).clip(0, 65535) // 257

@@ -6,7 +6,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from pipelines.data.crops import decode_picture
+from pipelines.data.decode import decode_picture
 from pipelines.data.stage import Manifest
 
 COLUMNS = ["key", "caption", "image_tokens", "crop_size", "crop_left", "crop_top"]

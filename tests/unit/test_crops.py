@@ -1,16 +1,10 @@
-import io
-
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.data.crops import (
-    ENCODE_CROPS,
-    CropConfig,
-    UnusablePicture,
-    decode_picture,
-    random_crop,
-)
+from pipelines.data.crops import ENCODE_CROPS, Crop, CropConfig, random_crop
+from pipelines.data.decode import UnusablePicture
 
 WHOLE = CropConfig(scale_low=1, scale_high=1, flip=False)
 
@@ -19,12 +13,6 @@ def picture(height: int, width: int) -> np.ndarray:
     """Red grows to the right and green downwards, so that a crop shows where it was."""
     y, x = np.mgrid[:height, :width]
     return np.stack([x * 255 // width, y * 255 // height, 0 * x], axis=2).astype(np.uint8)
-
-
-def encoded(pixels: np.ndarray, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize("config", [CropConfig(), ENCODE_CROPS, WHOLE])
@@ -96,19 +84,60 @@ def test_equal_generators_give_equal_crops() -> None:
     assert np.array_equal(one, other)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_stored_pictures_are_decoded(kind: str) -> None:
-    pixels = decode_picture(encoded(picture(40, 30), kind))
-    assert pixels.shape == (40, 30, 3)
-    assert np.abs(pixels.astype(int) - picture(40, 30)).mean() < 8
+@pytest.mark.parametrize("config", [CropConfig(), ENCODE_CROPS, WHOLE])
+def test_cutting_before_scaling_changes_no_pixel_and_no_draw(config: CropConfig) -> None:
+    for seed in range(60):
+        sizes = np.random.default_rng(seed)
+        image_size = int(sizes.choice([64, 128]))
+        height, width = sizes.integers(image_size, 4 * image_size, size=2)
+        source = sizes.integers(0, 256, size=(height, width, 3), dtype=np.uint8)
+        one, other = np.random.default_rng(seed), np.random.default_rng(seed)
+        pixels, crop = random_crop(source, image_size, config, one)
+        wanted, where = scaled_whole(source, image_size, config, other)
+        assert np.array_equal(pixels, wanted)
+        assert crop == where
+        assert one.random() == other.random()
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
-def test_a_truncated_picture_has_a_reason(share: float) -> None:
-    data = encoded(picture(200, 200), "JPEG")
-    with pytest.raises(UnusablePicture) as caught:
-        decode_picture(data[: int(share * len(data))])
-    assert caught.value.reason == "broken_picture"
+def scaled_whole(
+    source: np.ndarray, image_size: int, config: CropConfig, rng: np.random.Generator
+) -> tuple[np.ndarray, Crop]:
+    """Listing 1 to the letter: cut, scale all of it, cut again, mirror."""
+    height, width = source.shape[:2]
+    short = min(height, width)
+    top, left = (
+        int(
+            rng.integers(
+                int(config.slack_low * (side - short)),
+                int(config.slack_high * (side - short)),
+                endpoint=True,
+            )
+        )
+        for side in (height, width)
+    )
+    low, high = round(config.scale_low * image_size), round(config.scale_high * image_size)
+    side = int(rng.integers(min(short, low), min(short, high), endpoint=True))
+    square = source[top : top + short, left : left + short]
+    square = cv2.resize(square, (side, side), interpolation=cv2.INTER_AREA)
+    y, x = (int(rng.integers(0, side - image_size, endpoint=True)) for _ in range(2))
+    pixels = square[y : y + image_size, x : x + image_size]
+    if config.flip and rng.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    back = short / side
+    where = Crop(
+        size=round(image_size * back), left=left + round(x * back), top=top + round(y * back)
+    )
+    return pixels, where
+
+
+def test_a_crop_neither_changes_its_picture_nor_takes_more_than_one_thread() -> None:
+    source = picture(300, 400)
+    before = source.copy()
+    source.flags.writeable = False
+    for seed in range(20):
+        random_crop(source, 256, CropConfig(), np.random.default_rng(seed))
+    assert np.array_equal(source, before)
+    assert cv2.getNumThreads() == 1
 
 
 def test_impossible_crops_are_refused() -> None:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipelines.data.crops import decode_picture
+from pipelines.data.decode import decode_picture
 from pipelines.data.stage import Manifest
 from pipelines.evaluation import retrieval
 from pipelines.evaluation.corpus import read_corpus, true_crop
