@@ -32,8 +32,8 @@ class LoadersConfig:
     """The processes that make a training's batches."""
 
     per_worker: int = 2
-    """Actors for each training worker, one CPU each (one makes some 600 squares of 256 px a
-    second); 0 makes the batches in a thread of the worker, which suits the smallest models."""
+    """Actors for each training worker, one CPU each (`make bench`, jpeg-crop, says how fast one
+    is); 0 makes the batches in a thread of the worker, which suits the smallest models."""
 
     def __post_init__(self) -> None:
         if self.per_worker < 0:

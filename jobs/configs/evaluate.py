@@ -19,6 +19,7 @@ class EvaluateJob(Job):
     """The filtered pairs that the token shards were made of: the true pictures."""
     tokenizer: Path = Path("runs/12b/tokenizer/tokenizer.json")
     dvae: Path = Path("runs/12b/dvae/dvae.safetensors")
+    """A dVAE, or a VQ-VAE in its place."""
     prior: Path = Path("runs/12b/prior/prior.safetensors")
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     batch_samples: int = 32

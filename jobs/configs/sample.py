@@ -15,6 +15,7 @@ class SampleJob(Job):
     output: Path = Path("runs/12b/samples")
     tokenizer: Path = Path("runs/12b/tokenizer/tokenizer.json")
     dvae: Path = Path("runs/12b/dvae/dvae.safetensors")
+    """A dVAE, or a VQ-VAE in its place."""
     prior: Path = Path("runs/12b/prior/prior.safetensors")
     prompts: tuple[str, ...] = ("an illustration of a baby daikon radish in a tutu walking a dog",)
     """What to draw."""

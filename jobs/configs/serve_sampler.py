@@ -16,6 +16,7 @@ class ServeSamplerJob(Job):
     """Directory for serving.json: what is served where."""
     tokenizer: Path = Path("runs/12b/tokenizer/tokenizer.json")
     dvae: Path = Path("runs/12b/dvae/dvae.safetensors")
+    """A dVAE, or a VQ-VAE in its place."""
     prior: Path = Path("runs/12b/prior/prior.safetensors")
     model_name: str = "manray"
     """What requests may name as their model, and /v1/models lists."""

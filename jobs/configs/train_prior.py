@@ -21,7 +21,7 @@ class TrainPriorJob(Job):
     """Token shards, made by encode_pairs."""
     tokenizer: Path = Path("runs/12b/tokenizer/tokenizer.json")
     dvae: Path = Path("runs/12b/dvae/dvae.safetensors")
-    """Decodes the pictures that are sampled on the way."""
+    """A dVAE, or a VQ-VAE in its place; decodes the pictures that are sampled on the way."""
     prior: PriorConfig = field(default_factory=PriorConfig)
     training: PriorTraining = field(default_factory=PriorTraining)
     cadence: Cadence = field(default_factory=Cadence)
