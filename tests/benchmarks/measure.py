@@ -1,11 +1,17 @@
 """Comparing two ways of doing the same work on a machine that others use too."""
 
 import gc
+import importlib
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from types import ModuleType
+
+
+class MissingPeer(Exception):
+    """A package to compare with is not installed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +32,8 @@ class Row:
     ratio_min: float
     ratio_max: float
     versions: dict[str, str]
+    note: str = ""
+    """What a reader must know to judge the ratio."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +61,7 @@ def compare_speed(
     theirs: Callable[[], object],
     repeats: int,
     packages: tuple[str, ...],
+    note: str = "",
 ) -> Row:
     """Run both in turn; rates are `work` per CPU second, the unit is ``WHAT/cpu-s``.
 
@@ -72,6 +81,7 @@ def compare_speed(
         ratio_min=significant(min(ratios)),
         ratio_max=significant(max(ratios)),
         versions=versions(packages),
+        note=note,
     )
 
 
@@ -99,6 +109,14 @@ def compare_size(
         ratio_max=ratio,
         versions=versions(packages),
     )
+
+
+def peer_package(module: str, distribution: str) -> ModuleType:
+    """A package that is no dependency."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingPeer(f"{distribution} is not installed: make peers ({error})") from error
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:

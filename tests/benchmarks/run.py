@@ -17,11 +17,13 @@ import torch
 import tyro
 
 from pipelines.data.storage import replace_file
-from tests.benchmarks import captions, tokens
-from tests.benchmarks.measure import Effort, Row
+from tests.benchmarks import captions, encoder, pictures, tokens
+from tests.benchmarks.measure import Effort, MissingPeer, Row
 
 TOPICS: dict[str, Callable[[Effort], list[Row]]] = {
     "captions": captions.rows,
+    "encoder": encoder.rows,
+    "pictures": pictures.rows,
     "tokens": tokens.rows,
 }
 
@@ -52,7 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     rows = []
     for topic in bench.topics:
-        made = TOPICS[topic](bench.effort)
+        try:
+            made = TOPICS[topic](bench.effort)
+        except MissingPeer as error:
+            print(f"bench: {topic}: {error}", file=sys.stderr)
+            return 2
         content = json.dumps([asdict(row) for row in made], indent=1) + "\n"
         replace_file(bench.output / f"{topic}.json", content.encode())
         rows += made
@@ -64,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def line_of(row: Row) -> str:
     ratio = f"{row.ratio_median:g} ({row.ratio_min:g}-{row.ratio_max:g})"
     rates = f"{row.ours:10g} against {row.theirs:10g} {row.unit:15}"
-    return f"{row.row:24}{rates} {ratio:26} {row.peer}"
+    note = f" ({row.note})" if row.note else ""
+    return f"{row.row:24}{rates} {ratio:26} {row.peer}{note}"
 
 
 if __name__ == "__main__":
