@@ -135,3 +135,16 @@ def test_a_taken_port_is_said_before_anything_is_done(tmp_path: Path, web_port: 
     assert done.returncode == 2
     assert f"127.0.0.1:{port} is not" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_vqvae_in_the_dvaes_place_goes_the_whole_way(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    done = run(output, free_port(), "--stage-one", "vqvae")
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["served"]["status"] == 200
+    assert summary["stages"]["encode_pairs"]["rows_out"] == 48
+    tokens = Manifest.load(output / "tokens")
+    metadata = tokens.read(tokens.shards[0].shard).schema.metadata
+    assert metadata[b"manray.stage_one"] == b"vqvae"
+    assert not (output / "dvae").exists()

@@ -13,6 +13,7 @@ from jobs import (
     download_pairs,
     encode_pairs,
     evaluate,
+    evaluate_dvae,
     filter_pairs,
     quickstart,
     runtime,
@@ -21,6 +22,7 @@ from jobs import (
     train_dvae,
     train_prior,
     train_tokenizer,
+    train_vqvae,
 )
 from jobs.configs.job import Job
 from models.prior import PriorConfig
@@ -30,10 +32,12 @@ VERBS = {
     "filter_pairs": filter_pairs,
     "train_tokenizer": train_tokenizer,
     "train_dvae": train_dvae,
+    "train_vqvae": train_vqvae,
     "encode_pairs": encode_pairs,
     "train_prior": train_prior,
     "sample": sample,
     "evaluate": evaluate,
+    "evaluate_dvae": evaluate_dvae,
     "serve_sampler": serve_sampler,
     "quickstart": quickstart,
 }
@@ -139,6 +143,8 @@ def test_a_missing_input_is_refused_and_nothing_is_written(
         filter_pairs: ["--raw", nothing],
         train_tokenizer: ["--filtered", nothing],
         train_dvae: ["--filtered", nothing],
+        train_vqvae: ["--filtered", nothing],
+        evaluate_dvae: ["--filtered", nothing, "--dvae", nothing],
         encode_pairs: ["--filtered", nothing, "--dvae", nothing, "--tokenizer", nothing],
         train_prior: ["--tokens", nothing, "--dvae", nothing, "--tokenizer", nothing],
         sample: ["--prior", nothing, "--dvae", nothing, "--tokenizer", nothing],
@@ -151,12 +157,17 @@ def test_a_missing_input_is_refused_and_nothing_is_written(
         assert not out.exists(), job
 
 
-def test_the_quickstart_says_the_lines_it_would_run(capsys: pytest.CaptureFixture[str]) -> None:
-    assert quickstart.main(["tiny", "--dry-run"]) == 0
+@pytest.mark.parametrize(("stage_one", "other"), [("dvae", "vqvae"), ("vqvae", "dvae")])
+def test_the_quickstart_says_the_lines_it_would_run(
+    stage_one: str, other: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quickstart.main(["tiny", "--dry-run", "--stage-one", stage_one]) == 0
     out = capsys.readouterr().out
     for verb in VERBS:
-        if verb not in ("serve_sampler", "quickstart"):
+        if verb not in ("serve_sampler", "quickstart", "evaluate_dvae", f"train_{other}"):
             assert f"python -m jobs.{verb} tiny --output runs/quickstart/" in out
+    assert f"--dvae runs/quickstart/{stage_one}/{stage_one}.safetensors" in out
+    assert f"jobs.train_{other}" not in out
 
 
 def test_the_curl_line_names_the_endpoint() -> None:
