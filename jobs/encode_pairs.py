@@ -1,16 +1,14 @@
 """Encode filtered pictures to token shards: filtered dataset + dVAE → OUTPUT (token dataset)."""
 
-import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 from jobs import runtime, shards
 from jobs.configs.encode_pairs import PRESETS, EncodePairsJob
-from pipelines.data.encoding import STAGE, EncodingPlan, ShardEncoder, plan_encoding
-
-if TYPE_CHECKING:
-    from ray.data import Dataset
+from jobs.encoding_actors import encode_shards
+from pipelines.data.encoding import STAGE, EncodingPlan, plan_encoding
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,37 +17,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def describe(job: EncodePairsJob) -> list[str]:
     """The lines below the config of a dry run."""
-    encoding = _plan(job)
-    crops = encoding.filtered.rows_out * job.encoding.crops_per_picture
-    pending = len(encoding.writer.pending())
+    plan = _plan(job)
+    pictures, crops = plan.filtered.rows_out, job.encoding.crops_per_picture
+    pending = plan.writer.pending()
+    where = {
+        "cpu": "on CPUs",
+        "gpu": f"on {job.gpus_per_encoder:g} GPU each",
+        "cpu_or_gpu": f"on {job.gpus_per_encoder:g} GPU each, on CPUs if there are too few GPUs",
+    }
     return [
-        f"encode {crops:,} crops of {job.filtered} ({encoding.filtered.digest[:12]})",
-        f"in {len(encoding.writer.shards):,} shards, of which {pending:,} are missing",
-        f"write {job.output}",
+        f"encode {pictures:,} pictures of {job.filtered} ({plan.filtered.digest[:12]}), "
+        f"{crops} crop(s) of each: {pictures * crops:,} rows",
+        f"in {len(plan.writer.shards):,} shards, of which {len(pending):,} are missing",
+        f"with {job.decoders} decoder(s) and {job.encoders} encoder(s) {where[job.device]}",
+        f"write {job.output}: {plan.token_bytes(pending):,} bytes of codes, and captions",
     ]
 
 
 def encode(job: EncodePairsJob) -> dict[str, Any]:
     """Encode what is missing."""
-    encoding = _plan(job)
-    writer = encoding.writer
-
-    def graph(pending: list[str]) -> "Dataset":
-        from ray.data import ActorPoolStrategy
-
-        encoders = min(job.encoders, len(pending))
-        device = "cuda" if job.gpus_per_encoder else "cpu"
-        threads = max(1, (os.cpu_count() or 1) // encoders)
-        return shards.one_block_each([{"shard": shard} for shard in pending]).map(
-            ShardEncoder,
-            fn_constructor_args=(encoding, device, threads),
-            compute=ActorPoolStrategy(size=encoders),
-            num_cpus=1,
-            num_gpus=job.gpus_per_encoder,
-        )
-
+    plan = _plan(job)
     parents = {"filtered": job.filtered, "dvae": job.dvae.parent, "tokenizer": job.tokenizer.parent}
-    return shards.run_data_stage(job, writer, graph, parents=parents)
+    return shards.run_stage(job, plan.writer, partial(encode_shards, job, plan), parents=parents)
 
 
 def _plan(job: EncodePairsJob) -> EncodingPlan:
