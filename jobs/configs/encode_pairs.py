@@ -16,6 +16,7 @@ class EncodePairsJob(Job):
     filtered: Path = Path("runs/12b/filtered")
     """Filtered pairs, made by filter_pairs."""
     dvae: Path = Path("runs/12b/dvae/dvae.safetensors")
+    """A dVAE, or a VQ-VAE in its place."""
     tokenizer: Path = Path("runs/12b/tokenizer/tokenizer.json")
     """Captions are stored raw; the shards only name the tokenizer that they are meant for."""
     encoding: EncodingConfig = field(default_factory=EncodingConfig)

@@ -1,6 +1,5 @@
-"""The training loop of stage one, on one process and on two gloo processes."""
+"""The training loop of stage one. On two processes: tests/integration/test_stage_one_ranks.py."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from models.averaging import AveragingConfig
@@ -39,7 +36,6 @@ SIZES: dict[str, Any] = {
     "n_blk_per_group": 1,
 }
 STEPS = 6
-KILLED = 9
 CPU = torch.device("cpu")
 COMMON: dict[str, Any] = {
     "steps": STEPS,
@@ -49,7 +45,6 @@ COMMON: dict[str, Any] = {
     "averaging": AveragingConfig(decay=0.5, every=1),
 }
 KINDS = ("dvae", "vqvae", "vqvae-gradient")
-RANKS_KINDS = ("dvae", "vqvae")
 
 
 def model(kind: str) -> StageOneConfig:
@@ -131,35 +126,6 @@ def run(
     return told
 
 
-def run_rank(rank: int, path: Path, kill_at: int, meeting: Path) -> None:
-    """One of two spawned processes, which trains both kinds; leaves what it was told in a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    told = {}
-    for kind in RANKS_KINDS:
-        try:
-            told[kind] = run(path / kind, kind, kill_at=kill_at, rank=rank, world_size=2)
-        except Killed:
-            if kind == RANKS_KINDS[-1]:
-                os._exit(KILLED)
-    kept = ("log", "resumed", "weights")
-    torch.save({kind: {key: told[kind][key] for key in kept} for kind in told}, path / f"{rank}.pt")
-
-
-def spawn(path: Path, kill_at: int = 0) -> list[dict[str, Any]]:
-    """What each of two processes was told; empty if they were to end without a word."""
-    path.mkdir(exist_ok=True)
-    arguments = (path, kill_at, path / f"meeting-{kill_at}")
-    context = mp.start_processes(run_rank, arguments, nprocs=2, join=False, start_method="spawn")
-    for process in context.processes:
-        process.join(120)
-    codes = [process.exitcode for process in context.processes]
-    assert codes == ([KILLED, KILLED] if kill_at else [0, 0])
-    if kill_at:
-        return []
-    return [torch.load(path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-
-
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
@@ -184,16 +150,6 @@ def test_a_killed_and_resumed_training_ends_in_the_same_bits(kind: str, tmp_path
     with pytest.raises(Killed):
         run(tmp_path / "killed", kind, kill_at=5)
     check_resumed(whole, run(tmp_path / "killed", kind))
-
-
-def test_two_killed_and_resumed_processes_end_in_the_same_bits(tmp_path: Path) -> None:
-    whole = spawn(tmp_path / "whole")
-    spawn(tmp_path / "killed", kill_at=5)
-    resumed = spawn(tmp_path / "killed")
-    for kind in RANKS_KINDS:
-        for one, other in zip(whole, resumed, strict=True):
-            check_resumed(one[kind], other[kind])
-        assert same(whole[0][kind]["weights"], whole[1][kind]["weights"])
 
 
 def test_ranks_see_parts_of_one_batch_under_noise_of_their_own() -> None:
