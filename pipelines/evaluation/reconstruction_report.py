@@ -29,7 +29,7 @@ MAX_TEXT = 300
 MAGNIFIED = 4  # differences are small numbers
 GRID_ROWS = 5  # of each group in the grid
 CHART_WIDTH, CHART_HEIGHT = 480.0, 240.0
-LEFT, RIGHT, TOP, BOTTOM = 62.0, 10.0, 12.0, 34.0  # margins of the chart
+LEFT, RIGHT, TOP, BOTTOM = 62.0, 24.0, 12.0, 34.0  # margins of the chart
 CURVE_POINTS = 200
 
 

@@ -127,8 +127,8 @@ def readers() -> list[int]:
 def test_a_collapsed_codebook_is_said_loudly(
     filtered: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # A codebook of 8,192 of which 4 batches of 8 pictures can use a few: under one in a hundred.
-    more = ("--dvae.vocab-size=65536", "--loaders.per-worker=0", "--dvae.n-init=4")
+    # Of so many codes, two batches of 8 pictures can use a few: under one in a hundred.
+    more = ("--dvae.vocab-size=16384", "--loaders.per-worker=0", "--dvae.n-init=4")
     assert train_dvae.main(arguments("dvae", filtered, tmp_path / "dvae", *more)) == 0
     out = capsys.readouterr().out
     assert "THE CODEBOOK HAS COLLAPSED" in out
