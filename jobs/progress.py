@@ -72,6 +72,8 @@ class FollowMetrics:
     def __init__(self, metrics: Path, label: str, total: int, keys: tuple[str, ...]) -> None:
         self._metrics, self._keys = metrics, keys
         self._progress = Progress(label, total, "steps")
+        # A resumed training writes the file anew: what was said before is not said again.
+        self._said = set(metrics.read_text().splitlines(True)) if metrics.exists() else set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -103,14 +105,19 @@ class FollowMetrics:
                     # A line that is still being written has no end yet: look again at it.
                     whole = [line for line in lines if line.endswith("\n")]
                     offset += sum(len(line.encode()) for line in whole)
-                rows = [json.loads(line) for line in whole]
-                for row in rows:
-                    if "notice" in row:
-                        self._progress.say(row["notice"])
-                if metrics := [row for row in rows if "notice" not in row]:
-                    self._show(metrics[-1])
+                self._tell(whole)
             if ending:
                 return
+
+    def _tell(self, lines: list[str]) -> None:
+        """Say each notice once, show the latest metrics."""
+        rows = [(line, json.loads(line)) for line in lines]
+        for line, row in rows:
+            if "notice" in row and line not in self._said:
+                self._said.add(line)
+                self._progress.say(row["notice"])
+        if metrics := [row for _, row in rows if "notice" not in row]:
+            self._show(metrics[-1])
 
     def _show(self, row: dict[str, float]) -> None:
         note = ", ".join(f"{key} {row[key]:.3f}" for key in self._keys if key in row)
