@@ -13,9 +13,10 @@ from jobs import runtime
 from jobs.configs.sample import PRESETS, SampleJob
 from jobs.progress import Progress
 from pipelines.data import plan
-from pipelines.data.storage import canonical_json, replace_file
+from pipelines.data.decode import UnusablePicture, decode_picture
+from pipelines.data.storage import canonical_json, replace_file, sha256_file
 from pipelines.sampling.api import png
-from pipelines.sampling.engine import Sample, Sampler
+from pipelines.sampling.engine import Sample, Sampler, Start
 from pipelines.sampling.grid import captioned_rows
 from pipelines.sampling.loading import CheckedFiles, ModelFiles, check_files, load_sampler
 from pipelines.training import tracking
@@ -46,20 +47,32 @@ def sample(job: SampleJob) -> dict[str, Any]:
     checked = check_files(files)
     sampler = load_sampler(files, device=job.device, max_candidates=job.max_candidates)
     job.sampling.check(checked.prior.image_vocab_size)
+    if job.sampling.guided and not checked.caption_dropout:
+        print(
+            f"notice: {job.prior} was trained with caption_dropout 0: it has never seen the empty "
+            f"caption that sampling.cond_scale {job.sampling.cond_scale} compares with",
+            flush=True,
+        )
     for prompt in prompts:
-        sampler.check_prompt(prompt)
+        check_prompt(job, sampler, prompt)
+    start = _start(job, sampler)
+    inputs = checked.digests
+    if job.start.prime_image:
+        inputs = inputs | {"prime_image": sha256_file(Path(job.start.prime_image))}
     settings = {
         "prompts": prompts,
         "pictures_per_prompt": job.pictures_per_prompt,
         "seed": job.seed,
         "sampling": asdict(job.sampling),
+        "prime_rows": job.start.prime_rows,
+        "complete_captions": job.start.complete_captions,
     }
     with plan.lease(job.output):
-        plan.claim(job.output, stage=STAGE, config=settings, inputs=checked.digests)
+        plan.claim(job.output, stage=STAGE, config=settings, inputs=inputs)
         if (job.output / RECORD).exists():
             runtime.nothing_to_do(job.output / GRID)
         else:
-            _sample(job, prompts, checked, sampler, settings)
+            _sample(job, prompts, checked, sampler, start, settings)
     return {
         "prompts": len(prompts),
         "pictures": len(prompts) * job.pictures_per_prompt,
@@ -82,11 +95,36 @@ def read_prompts(job: SampleJob) -> list[str]:
     return prompts
 
 
+def check_prompt(job: SampleJob, sampler: Sampler, prompt: str) -> None:
+    """Refuse a prompt that is no text; one that is too long as well, or say that it is cut."""
+    length = sampler.tokenizer.count(prompt) if job.start.long_prompts == "cut" else 0
+    if length <= sampler.prompt_limit:
+        sampler.check_prompt(prompt)
+        return
+    print(
+        f"notice: of the {length} tokens of {prompt[:40]!r} the first {sampler.prompt_limit} count",
+        flush=True,
+    )
+
+
+def _start(job: SampleJob, sampler: Sampler) -> Start:
+    complete = job.start.complete_captions
+    if not job.start.prime_image:
+        return Start(complete_captions=complete)
+    try:
+        picture = decode_picture(Path(job.start.prime_image).read_bytes())
+    except UnusablePicture as error:
+        raise ValueError(f"{job.start.prime_image} must be a picture, got {error}") from error
+    tokens = sampler.first_rows(picture, job.start.prime_rows)
+    return Start(tokens=tokens, complete_captions=complete)
+
+
 def _sample(
     job: SampleJob,
     prompts: list[str],
     checked: CheckedFiles,
     sampler: Sampler,
+    start: Start,
     settings: dict[str, Any],
 ) -> None:
     parents = {"prior": job.prior.parent, "dvae": job.dvae.parent}
@@ -98,7 +136,7 @@ def _sample(
         directory=job.output,
         uri=runtime.tracking_uri(),
     ) as tracker:
-        rows = _sample_all(job, prompts, sampler, checked.prior.image_len)
+        rows = _sample_all(job, prompts, sampler, start)
         record = [
             {"prompt": prompt, "pictures": _write_pictures(job.output, number, prompt, samples)}
             for number, (prompt, samples) in enumerate(zip(prompts, rows, strict=True))
@@ -116,9 +154,11 @@ def _sample(
 
 
 def _sample_all(
-    job: SampleJob, prompts: list[str], sampler: Sampler, image_len: int
+    job: SampleJob, prompts: list[str], sampler: Sampler, start: Start
 ) -> list[list[Sample]]:
-    total = len(prompts) * job.pictures_per_prompt * image_len
+    config = sampler.prior.config
+    length = config.image_len - job.start.prime_rows * config.grid
+    total = len(prompts) * job.pictures_per_prompt * length
     with Progress(STAGE, total, "image tokens") as progress:
 
         def advance(done: int, tokens: Tensor) -> None:
@@ -129,6 +169,7 @@ def _sample_all(
             n=job.pictures_per_prompt,
             seed=job.seed,
             sampling=job.sampling,
+            start=start,
             on_progress=advance,
         )
 
@@ -141,7 +182,8 @@ def _write_pictures(
     for sample in samples:
         name = f"prompt-{number:02d}-{words}-seed-{sample.seed}.png".replace("--", "-")
         replace_file(output / name, png(sample.pixels))
-        entries.append({"file": name, "seed": sample.seed, "tokens": sample.tokens.tolist()})
+        entry = {"file": name, "seed": sample.seed, "tokens": sample.tokens.tolist()}
+        entries.append(entry | ({"caption": sample.caption} if sample.caption else {}))
     return entries
 
 

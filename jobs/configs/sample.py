@@ -2,10 +2,34 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
 
 from jobs.configs.job import Job
-from pipelines.sampling.engine import SamplingConfig, check_seed
+from pipelines.sampling.drawing import SamplingConfig, check_seed
 from pipelines.sampling.loading import DeviceChoice
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOptions:
+    """What the pictures start from besides the prompts."""
+
+    prime_image: str = ""
+    """A picture of the dVAE's size to complete: its upper rows are kept; empty for none."""
+    prime_rows: int = 0
+    """Rows of the grid of image tokens that are taken from --prime-image."""
+    complete_captions: bool = False
+    """Let the prior go on with a prompt before it draws, for each picture anew."""
+    long_prompts: Literal["refuse", "cut"] = "refuse"
+    """What is done with a prompt that has more tokens than the prior has slots."""
+
+    def __post_init__(self) -> None:
+        if self.prime_rows < 0 or bool(self.prime_image) != (self.prime_rows > 0):
+            raise ValueError(
+                "prime_rows must be 1 or more with a prime_image, and 0 without, "
+                f"got {self.prime_rows} with {self.prime_image!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +49,7 @@ class SampleJob(Job):
     seed: int = 0
     """Of a prompt's first picture; the next ones have the following seeds."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    start: Annotated[StartOptions, tyro.conf.arg(name="")] = field(default_factory=StartOptions)
     max_candidates: int = 32
     """Pictures that are sampled at once: bounds the memory, does not change the pictures."""
     device: DeviceChoice = "cpu_or_gpu"

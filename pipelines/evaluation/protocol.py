@@ -9,7 +9,8 @@ import torch
 from pipelines.evaluation import retrieval
 from pipelines.evaluation.corpus import Corpus
 from pipelines.evaluation.losses import shuffle_captions, token_losses
-from pipelines.sampling.engine import Sample, Sampler, SamplingConfig, check_seed
+from pipelines.sampling.drawing import SamplingConfig, check_seed
+from pipelines.sampling.engine import Sample, Sampler
 from pipelines.sampling.grid import captioned_rows
 
 OnRows = Callable[[int], None]

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipelines.sampling.engine import ALL_CODES, LARGEST_SEED, Sample, SamplingConfig
+from pipelines.sampling.drawing import ALL_CODES, LARGEST_SEED, SamplingConfig
+from pipelines.sampling.engine import Sample
 
 MOST_PICTURES = 10  # OpenAI's limit of n
 BODY_BYTES = 64 * 1024

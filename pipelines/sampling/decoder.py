@@ -1,117 +1,184 @@
-"""The prior, one image token at a time: what a step needs of the past is kept, not computed again.
+"""The prior, one token at a time: what a step needs of the past is kept, not computed again.
 
 A prompt is run through the prior once; all its candidates share the keys and values of its text.
-Then the candidates of all prompts advance together, one image token a step, each layer attending to
-the cached keys that its mask lets it see.
+Then the candidates of all prompts advance together, one token a step, each layer attending to what
+its cache holds.
 
-Letters: P prompts, N candidates a prompt, T text slots, H heads, D head width, L image tokens that
-are visible, K image codes.
+Letters: P prompts, N candidates a prompt, T text slots, n tokens of a prefix, C model width, K
+image codes, V text ids.
 """
 
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention import LayerKind, image_mask
-from models.prior import AttentionResblock, Prior
+from models.attention import LayerKind
+from pipelines.sampling.caches import (
+    Heads,
+    LayerCache,
+    Layout,
+    Moment,
+    Timetable,
+    image_layout,
+    text_layout,
+)
+from pipelines.sampling.graphs import GraphedStep
+from pipelines.sampling.packing import AttentionWeights, MLPWeights, StepWeights
+
+At = Callable[[Timetable], Moment]
+
+
+class Passed(NamedTuple):
+    """What came out of one resblock of a prefix."""
+
+    where: str
+    x: Tensor  # (P, n, C)
+    kept: tuple[Layout, Tensor] | None  # of an attention resblock, with keys and values
+
+
+class LayerStack:
+    """All resblocks with their caches: a whole prefix first, then one row a candidate."""
+
+    def __init__(
+        self, weights: StepWeights, layouts: Mapping[LayerKind, Layout], candidates: int
+    ) -> None:
+        self.weights, self.layouts, self.candidates = weights, layouts, candidates
+        self._tables = {
+            kind: Timetable(layout, weights.cache_dtype, weights.device)
+            for kind, layout in layouts.items()
+        }
+        self._caches: list[LayerCache] = []
+        self._heads: list[Heads] = []  # one, for all layers, once the prompts are known
+
+    def fill(self, x: Tensor, text_len: int) -> Tensor:  # (P, n, C) -> (P, C)
+        """Run a prefix and keep its keys and values: of the first `text_len` once a prompt."""
+        self._caches, self._heads = [], []
+        for passed in self.walk(x, text_len):
+            x = passed.x
+            if passed.kept is None:
+                continue
+            layout, kv = passed.kept
+            k, v = kv.to(self.weights.cache_dtype)
+            cache = LayerCache(layout, k[:, :, :text_len], v[:, :, :text_len], self.candidates)
+            if x.shape[1] > text_len:
+                cache.prime(k[:, :, text_len:], v[:, :, text_len:])
+            self._caches.append(cache)
+            self._heads = self._heads or [Heads(self.candidates, k, self.weights.dtype)]
+        return x[:, -1]
+
+    def walk(self, x: Tensor, text_len: int) -> Iterator[Passed]:  # x: (P, n, C)
+        """One resblock after the other over a prefix of text and image tokens."""
+        heads = self.weights.config.n_heads
+        prompts, length, width = x.shape
+        x = x.flatten(0, 1)
+        for number, block in enumerate(self.weights.blocks):
+            layer, normed, kept = number // 2 + 1, block.norm(x), None
+            if isinstance(block, MLPWeights):
+                where = f"the MLP of layer {layer}"
+                x = block.out.add(block.fc.gelu(normed), x)
+            else:
+                where = f"the {block.kind} attention of layer {layer}"
+                qkv = block.qkv(normed).view(prompts, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+                layout = self.layouts[block.kind]
+                mask = prefix_mask(layout, text_len, length).to(x.device)
+                y = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], attn_mask=mask)
+                x = block.out.add(y.transpose(1, 2).reshape(prompts * length, width), x)
+                kept = layout, qkv[1:]  # (2, P, H, n, D)
+            yield Passed(where, x.view(prompts, length, width), kept)
+
+    def step(self, x: Tensor, at: At) -> Tensor:  # (P · N, C) -> (P · N, C)
+        """One row a candidate, at the moment that `at` picks from each timetable."""
+        moments = {kind: at(table) for kind, table in self._tables.items()}
+        (heads,), caches = self._heads, iter(self._caches)
+        for block in self.weights.blocks:
+            normed = block.norm(x)
+            if isinstance(block, AttentionWeights):
+                heads.split(block.qkv(normed))
+                y = heads.merge(next(caches).attend(heads, moments[block.kind]))
+                x = block.out.add(y, x)
+            else:
+                x = block.out.add(block.fc.gelu(normed), x)
+        return x
 
 
 class CachedDecoder:
     """Gives the logits of the next image token, step by step, for all candidates of all prompts."""
 
-    def __init__(self, prior: Prior, candidates: int) -> None:
-        self.prior, self.candidates = prior, candidates
-        self._caches: list[KeyValueCache] = []
+    def __init__(self, weights: StepWeights, candidates: int) -> None:
+        self.weights, self.candidates = weights, candidates
+        config = weights.config
+        layouts = {k: image_layout(k, config.grid, config.conv_kernel) for k in weights.kinds}
+        self.stack = LayerStack(weights, layouts, candidates)
+        self._positions = weights.image_position.unbind(0)
+        self._embedding = weights.prior.image_embedding.weight.detach()
+        self._graph: GraphedStep | None = None
 
     @torch.inference_mode()
-    def prefill(self, text_tokens: Tensor) -> Tensor:  # (P, T) -> (P · N, K)
-        """Run the prompts; the logits of image token 0."""
-        prior = self.prior
-        length = prior.config.image_len
-        prior.check_tokens(text_tokens, text_tokens.new_zeros(1, length, dtype=torch.int64))
-        self._caches = []
-        x = prior.embed_text(text_tokens)
-        for resblock in prior.resblocks:
-            if isinstance(resblock, AttentionResblock):
-                q, k, v = resblock.attn.project(resblock.enter(x))
-                # Text attends causally to text in every layer, whatever its kind.
-                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-                x = resblock.leave(x, resblock.attn.merge(y))
-                self._caches.append(KeyValueCache(resblock.kind, prior, k, v, self.candidates))
-            else:
-                x = resblock(x)
-        logits = prior.score_image(prior.ln_final(x[:, -1]))
-        return logits.repeat_interleave(self.candidates, dim=0)
+    def prefill(self, text_tokens: Tensor, image_tokens: Tensor) -> Tensor:
+        """Run the prompts (P, T) and the pictures' first tokens (P, n); (P · N, K) of token n."""
+        self._graph = None  # it knows the caches of its own prompts only
+        x = self.stack.fill(self.embed(text_tokens, image_tokens), text_tokens.shape[1])
+        return self.score(x).repeat_interleave(self.candidates, dim=0)
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, position: int) -> Tensor:  # (P · N,) -> (P · N, K)
         """Add the image tokens of a position; the logits of the next one."""
-        prior = self.prior
-        x = prior.embed_image(tokens[:, None], start=position)
-        caches = iter(self._caches)
-        for resblock in prior.resblocks:
-            if isinstance(resblock, AttentionResblock):
-                q, k, v = resblock.attn.project(resblock.enter(x))
-                y = next(caches).attend(q, k, v, position)
-                x = resblock.leave(x, resblock.attn.merge(y))
-            else:
-                x = resblock(x)
-        return prior.score_image(prior.ln_final(x[:, 0]))
+        if tokens.is_cuda:
+            self._graph = self._graph or GraphedStep(self.step_anywhere, tokens, position)
+            return self._graph(tokens, position)
+        x = self._embedding.index_select(0, tokens) + self._positions[position]
+        return self.score(self.stack.step(x, lambda table: table.at(position)))
+
+    @torch.inference_mode()
+    def step_anywhere(self, tokens: Tensor, position: Tensor) -> Tensor:
+        """`step` with the position (1,) on the device: no shape and no address depends on it."""
+        place = self.weights.image_position.index_select(0, position)
+        x = self._embedding.index_select(0, tokens) + place
+        return self.score(self.stack.step(x, lambda table: table.at_tensor(position)))
+
+    def embed(self, text_tokens: Tensor, image_tokens: Tensor) -> Tensor:  # -> (P, T + n, C)
+        prior = self.weights.prior
+        text, image = prior.embed_text(text_tokens), prior.embed_image(image_tokens)
+        return torch.cat((text, image), dim=1)
+
+    def score(self, x: Tensor) -> Tensor:  # (B, C) -> (B, K)
+        return self.weights.image_head(self.weights.norm(x))
 
 
-class KeyValueCache:
-    """Keys and values of one layer: of the text once a prompt, of the image once a candidate."""
+class CaptionDecoder:
+    """Gives the logits of the next text token, slot by slot, for all candidates of one caption."""
 
-    def __init__(
-        self, kind: LayerKind, prior: Prior, text_k: Tensor, text_v: Tensor, candidates: int
-    ) -> None:
-        config = prior.config
-        self.text_k, self.text_v = text_k, text_v  # (P, H, T, D)
-        prompts, heads, _, width = text_k.shape
-        shape = (prompts, heads, candidates, config.image_len, width)
-        self.image_k, self.image_v = text_k.new_empty(shape), text_v.new_empty(shape)
-        self.visible = visible_positions(kind, config.grid, config.conv_kernel, text_k.device)
-        self.scale = width**-0.5
+    def __init__(self, weights: StepWeights, candidates: int, length: int) -> None:
+        """`length` is how many slots are given, the start token's included."""
+        self.weights, self.candidates, self.length = weights, candidates, length
+        layout = text_layout(weights.config.text_len - length)
+        self.stack = LayerStack(weights, dict.fromkeys(weights.kinds, layout), candidates)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
-        """Attention of one new image token a candidate: (B, H, 1, D) each -> (B, H, 1, D)."""
-        q, k, v = map(self._by_prompt, (q, k, v))  # (P, H, N, D)
-        self.image_k[:, :, :, position] = k
-        self.image_v[:, :, :, position] = v
-        visible = self.visible[position]
-        image_k = self.image_k[:, :, :, visible]  # (P, H, N, L, D)
-        image_v = self.image_v[:, :, :, visible]
-        q = q * self.scale
-        text_scores = q @ self.text_k.transpose(-1, -2)  # (P, H, N, T)
-        image_scores = (image_k @ q[..., None]).squeeze(-1)  # (P, H, N, L)
-        # One softmax over the text and the image keys together.
-        weights = torch.cat((text_scores, image_scores), dim=-1).softmax(dim=-1)
-        text_len = text_scores.shape[-1]
-        y = weights[..., :text_len] @ self.text_v
-        y = y + (weights[..., None, text_len:] @ image_v).squeeze(-2)
-        return y.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+    @torch.inference_mode()
+    def prefill(self, text_tokens: Tensor) -> Tensor:  # (1, T) -> (N, V)
+        """Run the slots that are given; the logits of the one after them."""
+        x = self.stack.fill(self.embed(text_tokens, self.length), self.length)
+        return self.score(x).expand(self.candidates, -1)
 
-    def _by_prompt(self, x: Tensor) -> Tensor:  # (P · N, H, 1, D) -> (P, H, N, D)
-        return x.squeeze(2).unflatten(0, (len(self.text_k), -1)).transpose(1, 2)
+    @torch.inference_mode()
+    def step(self, text_tokens: Tensor, slot: int) -> Tensor:  # (N, T) -> (N, V)
+        """Add the tokens of a slot; the logits of the next one."""
+        x = self.weights.prior.embed_text(text_tokens)[:, slot]
+        return self.score(self.stack.step(x, lambda table: table.at(slot - self.length)))
+
+    def embed(self, text_tokens: Tensor, length: int) -> Tensor:  # (B, T) -> (B, length, C)
+        return self.weights.prior.embed_text(text_tokens)[:, :length]
+
+    def score(self, x: Tensor) -> Tensor:
+        return self.weights.text_head(self.weights.norm(x))
 
 
-@lru_cache(maxsize=16)  # a few kinds of layers, many layers
-def visible_positions(
-    kind: LayerKind, grid: int, conv_kernel: int, device: torch.device
-) -> tuple[slice | Tensor, ...]:
-    """For each image token the earlier ones (and itself) that a layer of this kind lets it see.
-
-    A slice where they are evenly spaced, which costs no copy; else their indices.
-    """
-    positions: list[slice | Tensor] = []
-    for row in image_mask(kind, grid, conv_kernel):
-        seen = row.nonzero().squeeze(1)
-        gaps = seen.diff().unique()
-        if len(gaps) <= 1:
-            step = int(gaps[0]) if len(gaps) else 1
-            positions.append(slice(int(seen[0]), int(seen[-1]) + 1, step))
-        else:
-            positions.append(seen.to(device))
-    return tuple(positions)
+def prefix_mask(layout: Layout, text_len: int, length: int) -> Tensor:
+    """Bool (n, n): causal text, then positions that see the text and what their layout allows."""
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    rest = length - text_len
+    mask[text_len:, text_len:] = layout.mask[:rest, :rest]
+    return mask

@@ -4,8 +4,7 @@ Letters: P prompts, N candidates a prompt, B = P · N, T text slots, K image cod
 picture's sides.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,108 +14,10 @@ from torch import Tensor
 from models.prior import Prior, PriorConfig
 from models.stage_one import StageOne, StageOneConfig
 from pipelines.data.tokenizer import CaptionTokenizer
-from pipelines.sampling.decoder import CachedDecoder
-
-ALL_CODES = 1 << 16  # tokens are stored as uint16: no codebook has more
-LARGEST_SEED = (1 << 53) - 1  # the integers that every JSON reader keeps exact
-
-OnProgress = Callable[[int, Tensor], None]
-
-
-class NonFiniteLogits(RuntimeError):
-    """The prior gave NaN or infinite logits: no picture is made of them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How an image token is drawn from the prior's distribution."""
-
-    temperature: float = 1.0
-    """Divides the logits; near 0 the most likely code is taken."""
-    top_k: int = ALL_CODES
-    """Codes that may be drawn, the most likely ones; the default leaves none out."""
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
-        if not 1 <= self.top_k <= ALL_CODES:
-            raise ValueError(f"top_k must be 1 or more, got {self.top_k}")
-
-    def check(self, vocab_size: int) -> None:
-        """Refuse a top_k that this codebook does not have."""
-        if self.top_k > vocab_size and self.top_k != ALL_CODES:
-            raise ValueError(f"top_k must be 1 to {vocab_size}, got {self.top_k}")
-
-
-def ignore_progress(done: int, tokens: Tensor) -> None:
-    """What is done with the tokens so far if nobody asks for them."""
-
-
-@torch.inference_mode()
-def sample_image_tokens(
-    prior: Prior,
-    text_tokens: Tensor,
-    *,
-    candidates: int,
-    seeds: Sequence[int],
-    sampling: SamplingConfig,
-    on_progress: OnProgress = ignore_progress,
-) -> Tensor:
-    """Image tokens int64 (P · N, grid²) of encoded prompts (P, T), N = `candidates` for each.
-
-    `seeds` has one entry a candidate. Its draws depend on its seed alone, not on the batch; only a
-    draw that falls on the edge of two codes can turn with the rounding of another batch size.
-    `on_progress(done, tokens)` is called after each token; what it raises ends the sampling.
-    """
-    sampling.check(prior.config.image_vocab_size)
-    length = prior.config.image_len
-    rows = len(text_tokens) * candidates
-    if candidates < 1 or rows < 1:
-        raise ValueError(f"there must be a prompt and a candidate, got {rows} candidates")
-    draws = uniform_draws(seeds, length).to(text_tokens.device)
-    if len(draws) != rows:
-        raise ValueError(f"seeds must be one a candidate, {rows} of them, got {len(draws)}")
-    decoder = CachedDecoder(prior, candidates)
-    tokens = torch.zeros(rows, length, dtype=torch.int64, device=text_tokens.device)
-    logits = decoder.prefill(text_tokens)
-    for position in range(length):
-        if not torch.isfinite(logits).all():
-            raise NonFiniteLogits(
-                f"the prior's logits of image token {position} of {length} must be finite, "
-                "got NaN or infinity: the model file is not usable"
-            )
-        tokens[:, position] = draw(logits, draws[:, position], sampling)
-        on_progress(position + 1, tokens)
-        if position + 1 < length:
-            logits = decoder.step(tokens[:, position], position)
-    return tokens
-
-
-def uniform_draws(seeds: Sequence[int], length: int) -> Tensor:
-    """float64 (B, length) in [0, 1): each row from a generator of its own, on the CPU.
-
-    One number a token, turned into a code by `draw`, where Gumbel noise would take K.
-    """
-    draws = torch.empty(len(seeds), length, dtype=torch.float64)
-    for row, seed in zip(draws, seeds, strict=True):
-        check_seed(seed)
-        row.uniform_(generator=torch.Generator().manual_seed(seed))
-    return draws
-
-
-def draw(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Codes (B,) of fp32 logits (B, K): the cumulative distribution inverted at `uniform` (B,)."""
-    vocab_size = logits.shape[1]
-    if sampling.top_k < vocab_size:
-        least = logits.topk(sampling.top_k, dim=1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    # float64: in fp32 a cumulative sum over 8,192 codes would lose the unlikely ones.
-    logits = logits.double()
-    scaled = (logits - logits.amax(dim=1, keepdim=True)) / sampling.temperature
-    cumulative = torch.softmax(scaled, dim=1).cumsum(dim=1)
-    # The sum may end a rounding error below 1; scaling by it keeps every draw inside.
-    wanted = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, wanted, right=True).squeeze(1).clamp_(max=vocab_size - 1)
+from pipelines.sampling.captions import complete_caption
+from pipelines.sampling.drawing import AS_LEARNED, SamplingConfig, candidate_seed, check_seed
+from pipelines.sampling.image_tokens import OnProgress, ignore_progress, sample_image_tokens
+from pipelines.sampling.packing import PackedPrior
 
 
 @dataclass(frozen=True)
@@ -126,6 +27,21 @@ class Sample:
     pixels: np.ndarray  # (H, W, 3) uint8
     tokens: np.ndarray  # (grid²,) int64
     seed: int
+    caption: str = ""
+    """What a prompt was completed to; empty where it was the caption."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a picture starts from besides its prompt."""
+
+    tokens: np.ndarray | None = None
+    """Its first image tokens, int64; whole rows of a grid, as `Sampler.first_rows` gives them."""
+    complete_captions: bool = False
+    """Whether the prior goes on with the prompt before it draws, for each picture anew."""
+
+
+FROM_NOTHING = Start()
 
 
 class Sampler:
@@ -140,6 +56,7 @@ class Sampler:
             raise ValueError(f"max_candidates must be at least 1, got {max_candidates}")
         self.prior, self.dvae, self.tokenizer = prior.eval(), dvae.eval(), tokenizer
         self.max_candidates = max_candidates
+        self.packed = PackedPrior(prior)
         self.device = prior.row_position.device
 
     @property
@@ -171,7 +88,7 @@ class Sampler:
         prompt: str,
         n: int = 1,
         seed: int = 0,
-        sampling: SamplingConfig = SamplingConfig(),
+        sampling: SamplingConfig = AS_LEARNED,
     ) -> list[np.ndarray]:
         """`n` pictures (H, W, 3) uint8 for a prompt; the i-th has the seed `seed + i`."""
         samples = self.sample([prompt], n=n, seed=seed, sampling=sampling)
@@ -183,7 +100,8 @@ class Sampler:
         *,
         n: int,
         seed: int,
-        sampling: SamplingConfig = SamplingConfig(),
+        sampling: SamplingConfig = AS_LEARNED,
+        start: Start = FROM_NOTHING,
         on_progress: OnProgress = ignore_progress,
     ) -> list[list[Sample]]:
         """`n` pictures for each prompt; text beyond the prior's slots is cut off, as in training.
@@ -198,10 +116,24 @@ class Sampler:
             together = self.max_candidates // len(part)
             for first in range(0, len(prompts), together):
                 group = prompts[first : first + together]
-                samples = self._sample_group(group, part, sampling, on_progress)
+                samples = self._sample_group(group, part, sampling, start, on_progress)
                 for index, sample in enumerate(samples):
                     results[first + index // len(part)].append(sample)
         return results
+
+    @torch.inference_mode()
+    def first_rows(self, picture: np.ndarray, rows: int) -> np.ndarray:
+        """The image tokens of the upper `rows` of a picture (H, W, 3) uint8, to start from."""
+        grid, side = self.prior.config.grid, self.image_size
+        if not 1 <= rows <= grid:
+            raise ValueError(f"primed rows must be 1 to the grid's {grid}, got {rows}")
+        if picture.dtype != np.uint8 or picture.shape != (side, side, 3):
+            raise ValueError(
+                f"the picture to start from must be {side}×{side} pixels, uint8 RGB, "
+                f"got {picture.dtype} {picture.shape}"
+            )
+        pixels = torch.tensor(picture, device=self.device).permute(2, 0, 1)[None].float() / 255
+        return self.dvae.encode(pixels)[0, :rows].flatten().cpu().numpy()
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """int64 (P, T) on the prior's device."""
@@ -221,32 +153,42 @@ class Sampler:
         prompts: Sequence[str],
         seeds: Sequence[int],
         sampling: SamplingConfig,
+        start: Start,
         on_progress: OnProgress,
     ) -> list[Sample]:
+        text, candidates = self.encode_prompts(prompts), len(seeds)
+        captions = [""] * (len(prompts) * candidates)
+        if start.complete_captions:
+            text = torch.cat([self._complete(row, seeds, sampling) for row in text])
+            captions, candidates = [self.tokenizer.decode(row) for row in text.cpu().numpy()], 1
         tokens = sample_image_tokens(
-            self.prior,
-            self.encode_prompts(prompts),
-            candidates=len(seeds),
+            self.packed,
+            text,
+            candidates=candidates,
             seeds=list(seeds) * len(prompts),
             sampling=sampling,
+            primed=self._primed(start, len(text)),
             on_progress=on_progress,
         )
-        rows = zip(self.decode(tokens), tokens.cpu().numpy(), strict=True)
+        rows = zip(self.decode(tokens), tokens.cpu().numpy(), captions, strict=True)
         return [
-            Sample(pixels, codes, seeds[index % len(seeds)])
-            for index, (pixels, codes) in enumerate(rows)
+            Sample(pixels, codes, seeds[index % len(seeds)], caption)
+            for index, (pixels, codes, caption) in enumerate(rows)
         ]
 
+    def _complete(self, text: Tensor, seeds: Sequence[int], sampling: SamplingConfig) -> Tensor:
+        return complete_caption(
+            self.packed,
+            text[None],
+            vocab_size=self.tokenizer.vocab_size,
+            seeds=seeds,
+            sampling=sampling,
+        )
 
-def check_seed(seed: int) -> None:
-    """Refuse a seed that is negative, or that JSON would round."""
-    if not 0 <= seed <= LARGEST_SEED:
-        raise ValueError(f"seed must be 0 to {LARGEST_SEED}, got {seed}")
-
-
-def candidate_seed(seed: int, index: int) -> int:
-    """The seed of a request's candidate: alone, it gives the same picture again."""
-    return (seed + index) % (LARGEST_SEED + 1)
+    def _primed(self, start: Start, prompts: int) -> Tensor:
+        """(P, n) on the prior's device; n may be 0."""
+        tokens = np.zeros(0, np.int64) if start.tokens is None else start.tokens
+        return torch.from_numpy(tokens).to(self.device).expand(prompts, -1)
 
 
 def check_fit(prior: PriorConfig, dvae: StageOneConfig, tokenizer: CaptionTokenizer) -> None:

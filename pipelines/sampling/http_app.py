@@ -30,7 +30,9 @@ from pipelines.sampling.api import (
     parse_request,
     render_response,
 )
-from pipelines.sampling.engine import LARGEST_SEED, NonFiniteLogits, Sample, Sampler
+from pipelines.sampling.diagnosis import NonFiniteLogits
+from pipelines.sampling.drawing import LARGEST_SEED
+from pipelines.sampling.engine import Sample, Sampler
 
 SECONDS_BETWEEN_LOOKS = 0.25
 # The official client repeats every 5xx twice by itself; a deadline would be missed again.

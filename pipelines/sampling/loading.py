@@ -48,6 +48,8 @@ class CheckedFiles:
     """SHA-256 of ``tokenizer``, ``dvae`` and ``prior``."""
     prior: PriorConfig
     dvae: StageOneConfig
+    caption_dropout: float
+    """Share of captions that the prior saw emptied in its training."""
 
 
 def check_files(files: ModelFiles) -> CheckedFiles:
@@ -73,7 +75,14 @@ def check_files(files: ModelFiles) -> CheckedFiles:
             )
     prior, dvae = PriorConfig(**prior_header["config"]), stage_one_config(dvae_header)
     check_fit(prior, dvae, tokenizer)
-    return CheckedFiles(files=files, digests=digests, prior=prior, dvae=dvae)
+    training = prior_header["metadata"].get("training", {})
+    return CheckedFiles(
+        files=files,
+        digests=digests,
+        prior=prior,
+        dvae=dvae,
+        caption_dropout=training.get("caption_dropout", 0.0),
+    )
 
 
 def load_sampler(files: ModelFiles, *, device: DeviceChoice, max_candidates: int) -> Sampler:

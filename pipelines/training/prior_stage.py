@@ -54,6 +54,7 @@ def run_prior_stage(
         batch_samples=stage.training.batch_samples,
         bpe_dropout=stage.training.bpe_dropout,
         seed=stage.training.seed,
+        caption_dropout=stage.training.caption_dropout,
         rank=rank,
         world_size=world_size,
     )

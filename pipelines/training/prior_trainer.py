@@ -55,6 +55,9 @@ class PriorTraining:
     averaging: AveragingConfig = field(default_factory=AveragingConfig)
     bpe_dropout: float = 0.1
     """Share of BPE merges left out at random (paper, section 2.2)."""
+    caption_dropout: float = 0.0
+    """Share of samples whose caption is left empty, for sampling with a cond_scale; not the
+    paper's."""
     recompute: bool = True
     """Recompute every resblock's activations in the backward pass."""
     keep_gathered: bool = False
@@ -70,6 +73,8 @@ class PriorTraining:
             )
         if not 0 <= self.bpe_dropout < 1:
             raise ValueError(f"bpe_dropout must be in [0, 1), got {self.bpe_dropout}")
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"caption_dropout must be in [0, 1), got {self.caption_dropout}")
 
     @property
     def scales_resblocks(self) -> bool:

@@ -38,6 +38,7 @@ class TokenLoader:
         batch_samples: int,
         bpe_dropout: float,
         seed: int,
+        caption_dropout: float = 0.0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -47,6 +48,7 @@ class TokenLoader:
             )
         self.tokenizer, self.text_len = tokenizer, text_len
         self.batch_samples, self.bpe_dropout, self.seed = batch_samples, bpe_dropout, seed
+        self.caption_dropout = caption_dropout
         self.rank, self.world_size = rank, world_size
         self.keys, self.captions, self.image_tokens = read_tokens(manifest)
         if not self.keys:
@@ -73,11 +75,17 @@ class TokenLoader:
         return int(self._permutation(epoch)[place])
 
     def _encode(self, row: int, position: int) -> np.ndarray:
-        caption = self.captions[row]
+        caption = "" if self._is_dropped(position) else self.captions[row]
         if not self.bpe_dropout:
             return self.tokenizer.encode(caption, self.text_len)
         rng = random.Random(f"{self.seed}/{position}")
         return self.tokenizer.encode(caption, self.text_len, dropout=self.bpe_dropout, rng=rng)
+
+    def _is_dropped(self, position: int) -> bool:
+        """Whether a sample's caption is left empty; its own draw, BPE dropout's stay the same."""
+        if not self.caption_dropout:
+            return False
+        return random.Random(f"{self.seed}/{position}/caption").random() < self.caption_dropout
 
     def _permute(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.seed, epoch)).permutation(len(self))

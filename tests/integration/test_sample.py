@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from jobs import sample
-from pipelines.training.weights import save_model
+from pipelines.sampling.drawing import SamplingConfig
+from pipelines.training.weights import load_prior, save_model
 from tests.fixtures.models import TINY, TinyModels, random_prior, tiny_models
 
 
@@ -91,6 +92,97 @@ def test_how_many_are_sampled_at_once_does_not_change_the_pictures(
     assert one["samples.json"] == many["samples.json"]
 
 
+def primed_with(picture: Path, rows: int) -> list[str]:
+    return ["--prompts", "dog", "--prime-image", str(picture), "--prime-rows", str(rows)]
+
+
+def test_a_picture_s_upper_rows_are_completed(
+    models: TinyModels, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+    picture, output = tmp_path / "picture.png", tmp_path / "out"
+    Image.fromarray(noise).save(picture)
+    assert sample.main(line(models, output, *primed_with(picture, 3))) == 0
+    (entry,) = json.loads((output / "samples.json").read_text())
+    wanted = models.sampler().first_rows(noise, 3).tolist()
+    tokens = [made["tokens"] for made in entry["pictures"]]
+    assert [made[:24] for made in tokens] == [wanted, wanted]
+    assert tokens[0] != tokens[1]
+    # Another picture under the same name is another input.
+    Image.fromarray(255 - noise).save(picture)
+    assert sample.main(line(models, output, *primed_with(picture, 3))) == 2
+    assert "prime_image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("side", "rows", "message"),
+    [(64, 9, "1 to the grid's 8, got 9"), (48, 3, "must be 64×64 pixels")],
+)
+def test_a_picture_or_rows_that_do_not_fit_are_refused(
+    models: TinyModels,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    side: int,
+    rows: int,
+    message: str,
+) -> None:
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (side, side)).save(picture)
+    assert sample.main(line(models, tmp_path / "out", *primed_with(picture, rows))) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_captions_are_completed_if_asked_for(models: TinyModels, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = ("--prompts", "dog", "--complete-captions")
+    assert sample.main(line(models, output, *arguments)) == 0
+    (entry,) = json.loads((output / "samples.json").read_text())
+    assert entry["prompt"] == "dog"
+    captions = [made["caption"] for made in entry["pictures"]]
+    assert all(caption.startswith("dog") and caption != "dog" for caption in captions)
+
+
+def test_a_long_prompt_is_cut_with_a_notice_if_asked_for(
+    models: TinyModels, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, words = tmp_path / "out", "q " * 40
+    arguments = ("--prompts", words, "dog", "--long-prompts", "cut")
+    assert sample.main(line(models, output, *arguments)) == 0
+    notices = [row for row in capsys.readouterr().out.splitlines() if row.startswith("notice")]
+    assert len(notices) == 1
+    assert "the first 15 count" in notices[0]
+    assert len(json.loads((output / "samples.json").read_text())) == 2
+
+
+def test_settings_reach_the_sampler_and_guidance_without_its_training_is_said(
+    models: TinyModels, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    flags = ("--sampling.cond-scale", "2", "--sampling.top-p", "0.8", "--sampling.top-k", "9")
+    assert sample.main(line(models, output, "--prompts", "dog", *flags)) == 0
+    assert "trained with caption_dropout 0" in capsys.readouterr().out
+    (entry,) = json.loads((output / "samples.json").read_text())
+    config = SamplingConfig(cond_scale=2, top_p=0.8, top_k=9)
+    (wanted,) = models.sampler().sample(["dog"], n=2, seed=0, sampling=config)
+    assert [made["tokens"] for made in entry["pictures"]] == [
+        picture.tokens.tolist() for picture in wanted
+    ]
+
+
+def test_guidance_of_a_prior_that_was_trained_for_it_needs_no_notice(
+    models: TinyModels, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prior, metadata = load_prior(models.prior)
+    file = tmp_path / "prior.safetensors"
+    metadata = metadata | {"training": {"caption_dropout": 0.1}}
+    save_model(file, kind="prior", config=TINY, state=prior.state_dict(), metadata=metadata)
+    trained, output = dataclasses.replace(models, prior=file), tmp_path / "out"
+    guided = ("--prompts", "dog", "--sampling.cond-scale", "2")
+    assert sample.main(line(trained, output, *guided)) == 0
+    assert "notice" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -100,6 +192,16 @@ def test_how_many_are_sampled_at_once_does_not_change_the_pictures(
         (["--prompt-file", "/nowhere/prompts.txt"], "No such file"),
         (["--prompts", "dog", "--sampling.top-k", "129"], "top_k must be 1 to 128, got 129"),
         (["--prompts", "dog", "--sampling.temperature", "0"], "temperature must be positive"),
+        (["--prompts", "dog", "--sampling.temperature", "nan"], "temperature must be positive"),
+        (["--prompts", "dog", "--sampling.top-k", "0"], "top_k must be 1"),
+        (["--prompts", "dog", "--sampling.top-p", "0"], "top_p must be in (0, 1]"),
+        (["--prompts", "dog", "--sampling.top-p", "1.5"], "top_p must be in (0, 1]"),
+        (["--prompts", "dog", "--sampling.cond-scale", "-1"], "cond_scale must be 0 or more"),
+        (["--prompts", "dog", "--sampling.cond-scale", "nan"], "cond_scale must be 0 or more"),
+        (["--prompts", "dog", "--prime-rows", "2"], "prime_rows must be"),
+        (["--prompts", "dog", "--prime-image", "x.png"], "prime_rows must be"),
+        (["--prompts", "dog", "--prime-image", "/nowhere/x.png", "--prime-rows", "1"], "No such"),
+        (["--prompts", "dog", "--prime-image", __file__, "--prime-rows", "1"], "must be a picture"),
         (["--prompts", "dog", "--seed", "-1"], "seed must be 0"),
         (["--prompts", "dog", "--prior", "/nowhere/prior.safetensors"], "there is none"),
     ],

@@ -16,8 +16,9 @@ from fastapi import FastAPI
 from PIL import Image
 
 from pipelines.sampling.api import BODY_BYTES, ServedModel
-from pipelines.sampling.engine import Sample, Sampler, ignore_progress
+from pipelines.sampling.engine import Sample, Sampler
 from pipelines.sampling.http_app import ServingLimits, build_app
+from pipelines.sampling.image_tokens import ignore_progress
 from tests.fixtures.models import TinyModels, tiny_models
 
 URL = "/v1/images/generations"

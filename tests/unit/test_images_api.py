@@ -16,7 +16,8 @@ from pipelines.sampling.api import (
     parse_request,
     render_response,
 )
-from pipelines.sampling.engine import ALL_CODES, LARGEST_SEED, Sample, SamplingConfig
+from pipelines.sampling.drawing import ALL_CODES, LARGEST_SEED, SamplingConfig
+from pipelines.sampling.engine import Sample
 
 
 def check_prompt(prompt: str) -> int:
