@@ -12,6 +12,11 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+
+from models import flexible_attention
+from models.linear import Linear
+from models.sparse_attention import Folding, fold_mask, folded_attention
 
 LayerKind = Literal["row", "column", "conv", "full"]
 
@@ -68,24 +73,72 @@ def stream_mask(kind: LayerKind, text_len: int, grid: int, conv_kernel: int = 11
     return mask
 
 
+class MaskedAttention:
+    """Softmax attention under the masks of a prior's layers, in the form that suits the device.
+
+    On a CPU it is written out in blocks (`sparse_attention.py`), on a CUDA device it is
+    FlexAttention (`flexible_attention.py`); dense causal attention is torch's own. The softmax runs
+    over the text and the image keys together.
+    """
+
+    def __init__(self, text_len: int, grid: int, conv_kernel: int) -> None:
+        self.text_len, self.grid, self.conv_kernel = text_len, grid, conv_kernel
+        self._foldings: dict[tuple[LayerKind, torch.dtype, torch.device], Folding] = {}
+        self._block_masks: dict[tuple[LayerKind, torch.device], BlockMask] = {}
+
+    def __call__(self, kind: LayerKind, qkv: Tensor) -> Tensor:  # (3, B, H, T, D) -> (B, H, T, D)
+        if kind == "full":
+            # Text sees no image and images see all text: over the whole stream that is causal.
+            q, k, v = qkv
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if flexible_attention.is_suited(qkv):
+            return flexible_attention.flexible_attention(
+                qkv,
+                self._block_mask(kind, qkv.device),
+                grid=self.grid,
+                by_column=kind == "column",
+                attend=flexible_attention.compiled(),
+            )
+        return folded_attention(qkv, self._folding(kind, qkv))
+
+    def _folding(self, kind: LayerKind, qkv: Tensor) -> Folding:
+        """Made once a kind, precision and device."""
+        key = kind, qkv.dtype, qkv.device
+        if key not in self._foldings:
+            mask = image_mask(kind, self.grid, self.conv_kernel)
+            folding = fold_mask(mask, self.text_len, by_column=kind == "column")
+            self._foldings[key] = folding._replace(bias=folding.bias.to(qkv))
+        return self._foldings[key]
+
+    def _block_mask(self, kind: flexible_attention.SparseKind, device: torch.device) -> BlockMask:
+        """Made once a kind and device."""
+        if (kind, device) not in self._block_masks:
+            self._block_masks[kind, device] = flexible_attention.block_mask(
+                kind, self.text_len, self.grid, self.conv_kernel, device
+            )
+        return self._block_masks[kind, device]
+
+
 class SelfAttention(nn.Module):
-    """Multi-head attention under a mask: one softmax over the text and the image keys together."""
+    """Multi-head attention under the mask of a layer's kind."""
 
     def __init__(self, d_model: int, n_heads: int) -> None:
         super().__init__()
         self.n_heads = n_heads
-        self.c_attn = nn.Linear(d_model, 3 * d_model)
-        self.c_proj = nn.Linear(d_model, d_model)
+        self.c_attn = Linear(d_model, 3 * d_model)
+        self.c_proj = Linear(d_model, d_model)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # (B, T, C), (T, T) -> (B, T, C)
-        q, k, v = self.project(x)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.merge(y)
+    def forward(self, x: Tensor, kind: LayerKind, attend: MaskedAttention) -> Tensor:
+        return self.merge(attend(kind, self._project(x)))  # (B, T, C) -> (B, T, C)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, C) -> 3 × (B, H, T, D)
-        q, k, v = self.c_attn(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self._project(x)
         return q, k, v
 
     def merge(self, y: Tensor) -> Tensor:  # (B, H, T, D) -> (B, T, C)
         out: Tensor = self.c_proj(y.transpose(1, 2).flatten(-2))
         return out
+
+    def _project(self, x: Tensor) -> Tensor:  # (B, T, C) -> (3, B, H, T, D)
+        qkv: Tensor = self.c_attn(x).unflatten(-1, (3, self.n_heads, -1))
+        return qkv.permute(2, 0, 3, 1, 4)

@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import LayerKind, SelfAttention, layer_kinds, stream_mask
+from models.attention import LayerKind, MaskedAttention, SelfAttention, layer_kinds
+from models.head_loss import mean_cross_entropy
+from models.linear import Linear, gelu
 from models.resblock_scaling import ScaleGradient, UnscaleGradient
 
 PAD_ID = 0
@@ -115,13 +117,13 @@ class Resblock(nn.Module):
 class AttentionResblock(Resblock):
     """Attention under the layer's mask."""
 
-    def __init__(self, config: PriorConfig, kind: LayerKind) -> None:
+    def __init__(self, config: PriorConfig, kind: LayerKind, attend: MaskedAttention) -> None:
         super().__init__(config.d_model)
-        self.kind = kind
+        self.kind, self.attend = kind, attend
         self.attn = SelfAttention(config.d_model, config.n_heads)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # (B, T, C), (T, T) -> (B, T, C)
-        return self.leave(x, self.attn(self.enter(x), mask))
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C)
+        return self.leave(x, self.attn(self.enter(x), self.kind, self.attend))
 
 
 class MLPResblock(Resblock):
@@ -129,12 +131,11 @@ class MLPResblock(Resblock):
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__(config.d_model)
-        self.c_fc = nn.Linear(config.d_model, 4 * config.d_model)
-        self.c_proj = nn.Linear(4 * config.d_model, config.d_model)
+        self.c_fc: nn.Linear = Linear(config.d_model, 4 * config.d_model)
+        self.c_proj: nn.Linear = Linear(4 * config.d_model, config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C)
-        hidden = F.gelu(self.c_fc(self.enter(x)), approximate="tanh")
-        return self.leave(x, self.c_proj(hidden))
+        return self.leave(x, self.c_proj(gelu(self.c_fc(self.enter(x)))))
 
 
 def count_parameters(config: PriorConfig) -> int:
@@ -183,13 +184,13 @@ class Prior(nn.Module):
         self.row_position = nn.Parameter(torch.empty(config.grid, width))
         self.column_position = nn.Parameter(torch.empty(config.grid, width))
         self.resblocks = nn.ModuleList()  # attention, MLP, attention, MLP …
+        attend = MaskedAttention(config.text_len, config.grid, config.conv_kernel)
         for kind in config.kinds:
-            self.resblocks.append(AttentionResblock(config, kind))
+            self.resblocks.append(AttentionResblock(config, kind, attend))
             self.resblocks.append(MLPResblock(config))
         self.ln_final = nn.LayerNorm(width)
-        self.text_head = nn.Linear(width, config.text_vocab_size)
-        self.image_head = nn.Linear(width, config.image_vocab_size)
-        self._masks: dict[tuple[LayerKind, torch.device], Tensor] = {}
+        self.text_head = Linear(width, config.text_vocab_size)
+        self.image_head = Linear(width, config.image_vocab_size)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -204,12 +205,13 @@ class Prior(nn.Module):
         Each kind's cross-entropy is the mean over its tokens in the batch; they are weighed 1/8 and
         7/8, because the picture is what matters (paper, appendix B.1).
         """
-        text_logits, image_logits = self.logits(text_tokens, image_tokens)
+        x = self.encode(text_tokens, image_tokens)
+        text_x, image_x = x[:, : self.config.text_len - 1], x[:, self.config.text_len - 1 : -1]
         targets = text_tokens[:, 1:]
         # A target counts unless it is padding behind padding: the first one ends the caption.
         counts = (targets != PAD_ID) | (text_tokens[:, :-1] != PAD_ID)
-        text = F.cross_entropy(text_logits[counts], targets[counts])
-        image = F.cross_entropy(image_logits.flatten(0, 1), image_tokens.flatten())
+        text = mean_cross_entropy(text_x[counts], self.text_head, targets[counts])
+        image = mean_cross_entropy(image_x.flatten(0, 1), self.image_head, image_tokens.flatten())
         return PriorLosses(total=text / 8 + image * 7 / 8, text=text, image=image)
 
     def logits(self, text_tokens: Tensor, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,16 +219,18 @@ class Prior(nn.Module):
 
         Separate heads: a text position never scores image tokens, nor the other way round.
         """
-        self.check_tokens(text_tokens, image_tokens)
+        x = self.encode(text_tokens, image_tokens)
         text_len = self.config.text_len
-        x = torch.cat((self.embed_text(text_tokens), self.embed_image(image_tokens)), dim=1)
-        for index, resblock in enumerate(self.resblocks):
-            if index % 2 == 0:
-                x = resblock(x, self.mask(self.config.kinds[index // 2], x.device))
-            else:
-                x = resblock(x)
-        x = self.ln_final(x)
         return self.score_text(x[:, : text_len - 1]), self.score_image(x[:, text_len - 1 : -1])
+
+    def encode(self, text_tokens: Tensor, image_tokens: Tensor) -> Tensor:
+        """(B, T, C): what scores the token after each."""
+        self.check_tokens(text_tokens, image_tokens)
+        x = torch.cat((self.embed_text(text_tokens), self.embed_image(image_tokens)), dim=1)
+        for resblock in self.resblocks:
+            x = resblock(x)
+        x = self.ln_final(x)
+        return x
 
     def embed_text(self, text_tokens: Tensor) -> Tensor:
         """(B, text_len) -> (B, text_len, C) fp32; each padding slot has an embedding of its own."""
@@ -237,8 +241,8 @@ class Prior(nn.Module):
     def embed_image(self, image_tokens: Tensor, start: int = 0) -> Tensor:
         """(B, n) tokens at raster positions start … start + n - 1 -> (B, n, C) fp32."""
         index = torch.arange(start, start + image_tokens.shape[1], device=image_tokens.device)
-        position = self.row_position[index // self.config.grid]
-        position = position + self.column_position[index % self.config.grid]
+        position = F.embedding(index // self.config.grid, self.row_position)
+        position = position + F.embedding(index % self.config.grid, self.column_position)
         embedded: Tensor = self.image_embedding(image_tokens) + position
         return embedded
 
@@ -253,14 +257,6 @@ class Prior(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             logits: Tensor = self.image_head(x.float())
         return logits
-
-    def mask(self, kind: LayerKind, device: torch.device) -> Tensor:
-        """Bool (T, T), made once a kind and device."""
-        if (kind, device) not in self._masks:
-            config = self.config
-            mask = stream_mask(kind, config.text_len, config.grid, config.conv_kernel)
-            self._masks[kind, device] = mask.to(device)
-        return self._masks[kind, device]
 
     def check_tokens(self, text_tokens: Tensor, image_tokens: Tensor) -> None:
         """Refuse what an embedding would answer with a crash, or worse, with another row."""

@@ -61,13 +61,75 @@ TINY = TrainPriorJob(
     workers=WorkersConfig(num_workers=2),
 )
 
+# The training's memory is arithmetic: 20 bytes a parameter (fp32 weights, gradients, two moments,
+# average) over the workers, and a picture's residual stream at every resblock, 4 bytes a number,
+# which recomputation keeps. FLOP are 6 a parameter and token; recomputation adds a third.
+SMALL = TrainPriorJob(
+    output=Path("runs/small/prior"),
+    prior=PriorConfig(n_layers=12, n_heads=12, d_model=768),
+    training=PriorTraining(
+        steps=100_000,
+        batch_samples=256,
+        micro_batches=8,
+        precision="bf16",
+        optimizer=PriorOptimizerConfig(decay="cosine"),
+    ),
+    workers=WorkersConfig(num_workers=1),
+)
+ONE_BILLION = TrainPriorJob(
+    output=Path("runs/1b/prior"),
+    prior=PriorConfig(n_layers=32, n_heads=24, d_model=1536),
+    training=PriorTraining(
+        steps=150_000,
+        batch_samples=512,
+        micro_batches=4,
+        precision="bf16",
+        optimizer=PriorOptimizerConfig(decay="cosine"),
+    ),
+    workers=WorkersConfig(num_workers=8),
+)
+# The paper's smaller models (table 1): its depth and everything else, narrower.
+TWO_POINT_EIGHT_BILLION = TrainPriorJob(
+    output=Path("runs/2.8b/prior"),
+    prior=PriorConfig(n_heads=30, d_model=1920),
+    training=PriorTraining(micro_batches=4),
+    workers=WorkersConfig(num_workers=32),
+)
+FIVE_POINT_SIX_BILLION = TrainPriorJob(
+    output=Path("runs/5.6b/prior"),
+    prior=PriorConfig(n_heads=42, d_model=2688),
+    training=PriorTraining(micro_batches=4),
+    workers=WorkersConfig(num_workers=64),
+)
+
 PRESETS: dict[str, tuple[str, TrainPriorJob]] = {
     "tiny": (
-        "The quickstart's: 1.6 M parameters, an 8×8 grid, minutes on two CPU cores.",
+        "The quickstart's: 1,620,032 parameters, an 8×8 grid, minutes on two CPU cores.",
         TINY,
     ),
+    "small": (
+        "123,271,680 parameters, 12 layers of 768; 2.5 GB of state and 3.0 GB for 32 pictures at "
+        "once on one GPU; 2.4e19 FLOP in 100,000 updates of 256 pictures.",
+        SMALL,
+    ),
+    "1b": (
+        "983,018,496 parameters, 32 layers of 1536; 2.5 GB of state and 8.1 GB for 16 pictures at "
+        "once on each of 8 GPUs; 5.8e20 FLOP in 150,000 updates of 512 pictures.",
+        ONE_BILLION,
+    ),
+    "2.8b": (
+        "The paper's smallest: 2,928,258,816 parameters, 64 layers of 1920; 1.8 GB of state and "
+        "10.1 GB for 8 pictures at once on each of 32 GPUs; 9.9e21 FLOP in the paper's updates.",
+        TWO_POINT_EIGHT_BILLION,
+    ),
+    "5.6b": (
+        "The paper's middle one: 5,684,999,424 parameters, 64 layers of 2688; 1.8 GB of state and "
+        "7.0 GB for 4 pictures at once on each of 64 GPUs; 1.9e22 FLOP in the paper's updates.",
+        FIVE_POINT_SIX_BILLION,
+    ),
     "12b": (
-        "The paper's: 12.29 B parameters, 1024 GPUs of 16 GB, 430,000 updates.",
+        "The paper's: 12,292,833,024 parameters, 64 layers of 3968; 0.2 GB of state and 2.6 GB for "
+        "a picture on each of 1024 GPUs of 16 GB; 4.2e22 FLOP in 430,000 updates of 1024 pictures.",
         TrainPriorJob(),
     ),
 }

@@ -9,8 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention import LayerKind, stream_mask
-from models.prior import PAD_ID, START_ID, AttentionResblock, Prior, PriorConfig
+from jobs.configs.train_prior import PRESETS
+from models.attention import LayerKind, MaskedAttention, stream_mask
+from models.prior import (
+    PAD_ID,
+    START_ID,
+    AttentionResblock,
+    Prior,
+    PriorConfig,
+    count_parameters,
+)
 from tests.fixtures.models import random_prior
 
 SMALL = PriorConfig(
@@ -32,10 +40,16 @@ def one_layer_prior(kind: LayerKind) -> Prior:
     layer = prior.resblocks[0]
     assert isinstance(layer, AttentionResblock)
     layer.kind = kind
-    text_len, grid = prior.config.text_len, prior.config.grid
-    mask = stream_mask(kind, text_len, grid, prior.config.conv_kernel)
-    prior._masks["full", torch.device("cpu")] = mask
     return prior
+
+
+class DenseAttention(MaskedAttention):
+    """The reference: every score is made, then the mask hides most of them."""
+
+    def __call__(self, kind: LayerKind, qkv: Tensor) -> Tensor:
+        mask = stream_mask(kind, self.text_len, self.grid, self.conv_kernel)
+        q, k, v = qkv
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def tokens(config: PriorConfig, *, batch: int = 1) -> tuple[Tensor, Tensor]:
@@ -92,6 +106,24 @@ def test_a_layer_looks_exactly_where_its_mask_says(kind: LayerKind) -> None:
     changed = influence(one_layer_prior(kind))
     mask = stream_mask(kind, SMALL.text_len, SMALL.grid, SMALL.conv_kernel)
     assert torch.equal(changed[1:], mask[:-1])
+
+
+@pytest.mark.parametrize("attention", ["sparse", "full"])
+def test_losses_and_gradients_are_those_of_dense_masked_attention(attention: Any) -> None:
+    config = dataclasses.replace(SMALL, attention=attention)
+    mine, reference = random_prior(config), random_prior(config)
+    attend = DenseAttention(config.text_len, config.grid, config.conv_kernel)
+    for resblock in reference.resblocks:
+        if isinstance(resblock, AttentionResblock):
+            resblock.attend = attend
+    text, image = tokens(config, batch=3)
+    losses, wanted = mine(text, image), reference(text, image)
+    torch.testing.assert_close(losses, wanted)
+    losses.total.backward()
+    wanted.total.backward()
+    others = dict(reference.named_parameters())
+    for name, parameter in mine.named_parameters():
+        torch.testing.assert_close(parameter.grad, others[name].grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("attention", ["sparse", "full"])
@@ -159,6 +191,35 @@ def test_the_default_prior_is_the_paper_s() -> None:
     # The two matrices of each resblock kind, which the paper's 12 billion are counted from.
     blocks = sum(parameter.numel() for parameter in prior.resblocks.parameters())
     assert blocks == pytest.approx(12 * 64 * 3968**2, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [
+        ("tiny", 1_620_032),
+        ("small", 123_271_680),
+        ("1b", 983_018_496),
+        ("2.8b", 2_928_258_816),
+        ("5.6b", 5_684_999_424),
+        ("12b", 12_292_833_024),
+    ],
+)
+def test_a_preset_has_the_parameters_and_the_cost_that_its_help_says(
+    preset: str, parameters: int
+) -> None:
+    said, job = PRESETS[preset]
+    training, workers = job.training, job.workers.num_workers
+    assert count_parameters(job.prior) == parameters
+    assert f"{parameters:,} parameters" in said
+    assert job.prior.head_dim == 64 or preset == "tiny"
+    together, rest = divmod(training.batch_samples, workers * training.micro_batches)
+    assert rest == 0
+    if preset != "tiny":
+        stream = 4 * job.prior.d_model * job.prior.stream_len * job.prior.n_resblocks
+        flop = 6 * parameters * training.steps * training.batch_samples * job.prior.stream_len
+        assert f"{20 * parameters / workers / 1e9:.1f} GB of state" in said
+        assert f"{together * stream / 1e9:.1f} GB for " in said
+        assert f"{flop:.1e}".replace("e+", "e") + " FLOP" in said
 
 
 def test_layers_follow_the_paper_s_pattern_unless_attention_is_full() -> None:
