@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.manray-ready
 TORCH ?= $(shell grep -m1 '^torch==' constraints.txt)
 ARGS ?=
+PEERS := DALL-E==0.1 dalle-pytorch==1.6.6 einops==0.8.2 rotary-embedding-torch==0.9.1 \
+	axial-positional-embedding==0.3.12 transformers==5.24.0 huggingface-hub regex
 
 .PHONY: help setup peers quickstart check test bench clean
 
@@ -27,7 +29,7 @@ setup: $(READY) ## make .venv (again, if pyproject.toml or constraints.txt chang
 
 # Without what they ask for: DALL-E 0.1 wants a torchvision, for which pip would change torch.
 peers: $(READY) ## the packages that tests and benchmarks compare with, for those who have none
-	$(BIN)/python -m pip install --no-deps -c constraints.txt DALL-E
+	$(BIN)/python -m pip install --no-deps -c constraints.txt $(PEERS)
 
 quickstart: $(READY) ## the whole way at a small size: about 10 minutes on 2 cores
 	$(BIN)/python -m jobs.quickstart tiny $(ARGS)

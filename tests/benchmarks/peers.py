@@ -1,11 +1,10 @@
 """Other people's priors, made small enough to train in a benchmark.
 
-They are no dependencies. What to install is in `INSTALL`; DALL-E in PyTorch also names packages
-that its training step never calls (a VQGAN, its configuration, torchvision) and that want other
-versions of torch. Those are not installed: empty ones stand in while it is imported.
+They are no dependencies: `make peers` installs them, without what they ask for. DALL-E in PyTorch
+also names packages that nothing measured here calls (a VQGAN, its configuration, torchvision) and
+that want other versions of torch. Empty ones stand in while it is imported.
 """
 
-import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +14,8 @@ from typing import Any
 from torch import nn
 
 from models.prior import PriorConfig
-from tests.benchmarks.measure import MissingPeer
+from tests.benchmarks.measure import peer_package
 
-INSTALL = (
-    "pip install --no-deps dalle-pytorch==1.6.6 einops==0.8.2 rotary-embedding-torch==0.9.1 "
-    "axial-positional-embedding==0.3.12 transformers==5.24.0 and then pip install "
-    "huggingface-hub regex requests tqdm packaging pyyaml pillow, which leave torch alone"
-)
 # Imported by dalle_pytorch 1.6.6, never called by what is measured; and what it asks of them.
 NEVER_CALLED = {
     "omegaconf": ("OmegaConf",),
@@ -44,7 +38,7 @@ def dalle_pytorch(config: PriorConfig) -> nn.Module:
     layers = geglu_layers(config)
     kinds = ["axial_col" if layer % 4 == 1 else "axial_row" for layer in range(layers)]
     kinds[-1] = "conv_like"
-    package = _dalle_pytorch()
+    package = dalle_pytorch_package()
     # Only its sizes are looked at: image tokens are given, not made.
     vae = package.DiscreteVAE(
         image_size=config.grid * 8,
@@ -79,7 +73,7 @@ def gpt2(config: PriorConfig) -> nn.Module:
     It has one vocabulary, so that every position scores all of it. Its embeddings are untied, as
     ours are, for the sake of equal parameters.
     """
-    package = _import("transformers")
+    package = transformers_package()
     settings = package.GPT2Config(
         vocab_size=config.text_vocab_size + config.image_vocab_size,
         n_positions=config.stream_len,
@@ -100,16 +94,16 @@ def gpt2(config: PriorConfig) -> nn.Module:
     return model.train()
 
 
-def _dalle_pytorch() -> ModuleType:
+def dalle_pytorch_package() -> ModuleType:
+    """lucidrains' dalle_pytorch; raises MissingPeer if it is not installed."""
+    transformers_package()  # it would look into the torchvision that stands in
     with _standing_in():
-        return _import("dalle_pytorch")
+        return peer_package("dalle_pytorch", "dalle-pytorch 1.6.6")
 
 
-def _import(module: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingPeer(f"{module} cannot be imported ({error}); {INSTALL}") from error
+def transformers_package() -> ModuleType:
+    """Hugging Face's transformers; raises MissingPeer if it is not installed."""
+    return peer_package("transformers", "transformers")
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class Bench:
     """Compare parts of manray with their peers, side by side in one run."""
 
     topics: tuple[str, ...] = tuple(TOPICS)
-    """Which to run; encode-pairs, prior and sampling take minutes and run only if they are named."""
+    """Which to run; encode-pairs, prior and sampling take minutes: only if they are named."""
     output: Path = Path("runs/bench")
     """Directory for TOPIC.json; an older one of the same topic is replaced."""
     effort: Effort = field(default_factory=Effort)

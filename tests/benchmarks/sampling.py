@@ -7,12 +7,9 @@ and, since its convolutional layer has no cache at all, with a row layer in that
 """
 
 import statistics
-import sys
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.machinery import ModuleSpec
 from typing import Any
 
 import torch
@@ -23,11 +20,11 @@ from pipelines.sampling.decoder import CachedDecoder
 from pipelines.sampling.drawing import SamplingConfig
 from pipelines.sampling.image_tokens import sample_image_tokens
 from pipelines.sampling.packing import PackedPrior, Precision
+from tests.benchmarks import peers
 from tests.benchmarks.measure import (
     Effort,
     Row,
     cpu_seconds,
-    peer_package,
     significant,
     versions,
 )
@@ -41,15 +38,6 @@ MOST_REPEATS = 2  # each takes the peers half a minute to two at 1,024 tokens
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 # dalle-pytorch's MLP is gated and has 12 d² parameters; 4 d wide, as the paper's, it has 8 d².
 WIDENING = 6
-# What its own imports want and its sampling never calls.
-STUBS = (
-    "torchvision.transforms",
-    "torchvision.utils",
-    "taming.models.vqgan",
-    "omegaconf",
-    "pkg_resources",
-    "youtokentome",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,9 +149,7 @@ def check(packed: PackedPrior, case: Case) -> None:
 
 def dalle_pytorch(case: Case) -> Callable[[], Tensor]:
     """`generate_images` without the pictures' decoding."""
-    peer_package("transformers", "transformers")  # before torchvision's stub, which it would try
-    _stub_what_is_missing()
-    package, config = peer_package("dalle_pytorch", "dalle-pytorch 1.6.6"), case.prior
+    package, config = peers.dalle_pytorch_package(), case.prior
     vae = package.DiscreteVAE(
         image_size=8 * case.grid, num_tokens=512, codebook_dim=16, num_layers=3, hidden_dim=8
     )
@@ -192,7 +178,7 @@ def dalle_pytorch(case: Case) -> Callable[[], Tensor]:
 
 def gpt2(case: Case) -> Callable[[], Tensor]:
     """`generate` with its cache, dense causal attention in every layer."""
-    package, config = peer_package("transformers", "transformers"), case.prior
+    package, config = peers.transformers_package(), case.prior
     sizes = package.GPT2Config(
         vocab_size=512,
         n_positions=config.stream_len + 1,
@@ -220,30 +206,3 @@ def gpt2(case: Case) -> Callable[[], Tensor]:
         return made[:, case.text_len :]
 
     return generate
-
-
-def _stub_what_is_missing() -> None:
-    for name in STUBS:
-        try:
-            __import__(name)
-        except ImportError:
-            parts = name.split(".")
-            for end in range(1, len(parts) + 1):
-                part = ".".join(parts[:end])
-                sys.modules[part] = _Stub(part)
-
-
-class _Stub(types.ModuleType):
-    """A module that has every class, as long as nobody makes an instance."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.__spec__ = ModuleSpec(name, None, is_package=True)
-        self.__path__ = []
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        if self.__name__ == "pkg_resources":  # asked for its version at import
-            return lambda *_: types.SimpleNamespace(version="1.6.6", parsed_version="1.6.6")
-        return type(name, (), {})
