@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 60.0
@@ -90,17 +90,17 @@ def listing(bucket: str, prefix: str) -> list[tuple[str, int, float]]:
     found: list[tuple[str, int, float]] = []
     more: dict[str, str] = {}
     while True:
-        # The token is bound now: the call may be made several times.
-        page = _retry(
-            lambda more=more: client().list_objects_v2(Bucket=bucket, Prefix=prefix, **more),
-            bucket,
-            prefix,
-        )
+        call = partial(_list_page, bucket, prefix, more)
+        page = _retry(call, bucket, prefix)
         for item in page.get("Contents", ()):
             found.append((item["Key"], int(item["Size"]), item["LastModified"].timestamp()))
         if not page.get("IsTruncated"):
             return sorted(found)
         more = {"ContinuationToken": page["NextContinuationToken"]}
+
+
+def _list_page(bucket: str, prefix: str, more: dict[str, str]) -> dict[str, Any]:
+    return dict(client().list_objects_v2(Bucket=bucket, Prefix=prefix, **more))
 
 
 @lru_cache(maxsize=1)
@@ -153,8 +153,12 @@ def _retry(call: Callable[[], Result], bucket: str, key: str) -> Result:
     Raises FileNotFoundError, FileExistsError (a condition did not hold), StorageRefused, or
     ConnectionError with the last cause.
     """
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
-    from urllib3.exceptions import HTTPError
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        NoCredentialsError,
+        ParamValidationError,
+    )
 
     where = f"s3://{bucket}/{key}"
     for attempt in range(ATTEMPTS):
@@ -165,10 +169,12 @@ def _retry(call: Callable[[], Result], bucket: str, key: str) -> Result:
                 f"{where} must have credentials, found none: set AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY, a profile in ~/.aws, or a role of the machine"
             ) from None
+        except ParamValidationError:
+            raise  # ours to mend, not the store's
         except ClientError as error:
             _raise_final(error.response, bucket, where)
             last: Exception = error
-        except (BotoCoreError, HTTPError, OSError) as error:
+        except (BotoCoreError, OSError) as error:
             last = error
         if attempt + 1 < ATTEMPTS:
             time.sleep(random.uniform(0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt)))

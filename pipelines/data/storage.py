@@ -97,7 +97,7 @@ class Location:
 
     def read(self) -> bytes:
         """The whole file; raises FileNotFoundError."""
-        return s3.get(*self._object()).data if self.is_s3 else self.path.read_bytes()
+        return s3.get(*self.object_name()).data if self.is_s3 else self.path.read_bytes()
 
     def read_bytes(self) -> bytes:
         """`read`, under the name that a path has for it."""
@@ -108,7 +108,7 @@ class Location:
         if not self.is_s3:
             return self.path.exists()
         try:
-            s3.head(*self._object())
+            s3.head(*self.object_name())
         except FileNotFoundError:
             return False
         return True
@@ -116,7 +116,7 @@ class Location:
     def list(self) -> "list[Entry]":
         """All files below this place, by name; none if there is no such place."""
         if self.is_s3:
-            bucket, key = self._object()
+            bucket, key = self.object_name()
             start = len(key) + 1
             found = s3.listing(bucket, f"{key}/")
             return [Entry(name=k[start:], bytes=size, written=at) for k, size, at in found]
@@ -124,30 +124,32 @@ class Location:
 
     def create_once(self, data: bytes) -> bool:
         """Write a file that must not exist yet; False if somebody was first."""
-        return s3.create(*self._object(), data) if self.is_s3 else create_once(self.path, data)
+        return s3.create(*self.object_name(), data) if self.is_s3 else create_once(self.path, data)
 
     def replace(self, data: bytes) -> None:
         """Write a file whose older content may be replaced; readers see the old or the new."""
         if self.is_s3:
-            s3.put(*self._object(), data)
+            s3.put(*self.object_name(), data)
         else:
             replace_file(self.path, data)
 
     def put(self, data: bytes) -> None:
         """Write a file under a name that nobody else uses; half of it may stay after a crash."""
         if self.is_s3:
-            s3.put(*self._object(), data)
+            s3.put(*self.object_name(), data)
         else:
             _write_new(self.path, data)
+            _sync_directory(self.path.parent)
 
     def delete(self) -> None:
         """Remove a file; fine if there is none."""
         if self.is_s3:
-            s3.delete(*self._object())
+            s3.delete(*self.object_name())
         else:
             self.path.unlink(missing_ok=True)
 
-    def _object(self) -> tuple[str, str]:
+    def object_name(self) -> tuple[str, str]:
+        """Bucket and key of a place in S3."""
         bucket, _, key = self._text.removeprefix(S3_SCHEME).partition("/")
         return bucket, key
 
