@@ -3,12 +3,14 @@
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from jobs import runtime, shards
 from jobs.configs.encode_pairs import PRESETS, EncodePairsJob
 from jobs.encoding_actors import encode_shards
 from pipelines.data.encoding import STAGE, EncodingPlan, plan_encoding
+from pipelines.data.storage import Location
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +39,11 @@ def describe(job: EncodePairsJob) -> list[str]:
 def encode(job: EncodePairsJob) -> dict[str, Any]:
     """Encode what is missing."""
     plan = _plan(job)
-    parents = {"filtered": job.filtered, "dvae": job.dvae.parent, "tokenizer": job.tokenizer.parent}
+    parents: dict[str, Path | Location] = {
+        "filtered": job.filtered,
+        "dvae": job.dvae.parent,
+        "tokenizer": job.tokenizer.parent,
+    }
     return shards.run_stage(job, plan.writer, partial(encode_shards, job, plan), parents=parents)
 
 

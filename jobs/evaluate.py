@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from jobs import runtime
@@ -11,7 +12,7 @@ from jobs.configs.evaluate import PRESETS, EvaluateJob
 from jobs.progress import Progress
 from pipelines.data import plan
 from pipelines.data.stage import Manifest
-from pipelines.data.storage import canonical_json, replace_file
+from pipelines.data.storage import Location, canonical_json, replace_file
 from pipelines.evaluation import protocol
 from pipelines.evaluation.corpus import read_corpus
 from pipelines.sampling.api import png
@@ -73,7 +74,11 @@ def _evaluate(
     checked: CheckedFiles,
     inputs: dict[str, str],
 ) -> None:
-    parents = {"tokens": job.tokens, "prior": job.prior.parent, "dvae": job.dvae.parent}
+    parents: dict[str, Path | Location] = {
+        "tokens": job.tokens,
+        "prior": job.prior.parent,
+        "dvae": job.dvae.parent,
+    }
     with (
         tracking.open_run(
             job.tracking,

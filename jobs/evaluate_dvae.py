@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from jobs.configs.evaluate_dvae import PRESETS, EvaluateDVAEJob
 from jobs.progress import Progress
 from pipelines.data import plan
 from pipelines.data.stage import Manifest
-from pipelines.data.storage import canonical_json, replace_file, sha256_file
+from pipelines.data.storage import Location, canonical_json, replace_file, sha256_file
 from pipelines.evaluation import frechet, reconstruction, reconstruction_report
 from pipelines.evaluation.reconstruction import Judgement
 from pipelines.sampling.api import png
@@ -75,7 +76,7 @@ def _check(job: EvaluateDVAEJob) -> tuple[Manifest, str, int]:
 def _evaluate(
     job: EvaluateDVAEJob, manifest: Manifest, kind: str, count: int, inputs: dict[str, str]
 ) -> None:
-    parents = {"filtered": job.filtered, "dvae": job.dvae.parent}
+    parents: dict[str, Path | Location] = {"filtered": job.filtered, "dvae": job.dvae.parent}
     with (
         tracking.open_run(
             job.tracking,

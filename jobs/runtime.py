@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from pipelines.data.storage import canonical_json
+from pipelines.data.storage import Location, canonical_json, refuse_secrets
 
 if TYPE_CHECKING:
     from jobs.configs.job import Job
@@ -41,6 +41,7 @@ QUIET_ENVIRONMENT = {
 }
 # A dead MLflow server must cost seconds, not its default of seven retries of two minutes each.
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a limit of the process
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
 
 # State of this process: whether it started Ray, and whether jobs share it.
@@ -69,6 +70,7 @@ def run_job(
     if isinstance(job, int):
         return job
     try:
+        refuse_secrets("the config", _plain(asdict(job)))
         if job.dry_run:
             print(canonical_json(_plain(asdict(job))).decode(), end="")
             print("\n".join(plan(job)))
@@ -189,7 +191,7 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
 
 
-def nothing_to_do(what: Path) -> None:
+def nothing_to_do(what: Path | Location) -> None:
     """Say that a job found its output whole."""
     print(f"nothing to do: {what} is there and was made with these settings", flush=True)
 
@@ -200,7 +202,7 @@ def _say(verb: str, error: BaseException) -> int:
     if isinstance(cause, (ValueError, FileNotFoundError, NotADirectoryError)):
         print(f"{verb}: {cause}", file=sys.stderr)
         return 2
-    if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+    if isinstance(cause, OSError) and cause.errno in FULL:
         place = f" ({cause.filename})" if cause.filename else ""
         print(
             f"{verb}: the disk is full{place}; nothing that was committed is harmed: "
@@ -249,6 +251,6 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if isinstance(value, Path):
+    if isinstance(value, (Path, Location)):
         return str(value)
     return value

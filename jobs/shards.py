@@ -1,7 +1,9 @@
 """Running a data stage on Ray Data: one row per pending shard, committed where it was made."""
 
 import logging
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from jobs import runtime
 from jobs.configs.job import Job
 from jobs.progress import Progress
-from pipelines.data import plan
+from pipelines.data import garbage, plan
 from pipelines.data.report import lineage, write_report
 from pipelines.data.stage import DatasetWriter, Manifest
+from pipelines.data.storage import Location
 from pipelines.training import tracking
 from pipelines.training.run_directory import run_tags
 
@@ -27,14 +30,14 @@ Work = Callable[[list[str]], Mapping[str, float]]
 
 
 def run_data_stage(
-    job: Job, writer: DatasetWriter, graph: Graph, *, parents: Mapping[str, Path]
+    job: Job, writer: DatasetWriter, graph: Graph, *, parents: Mapping[str, Path | Location]
 ) -> dict[str, Any]:
     """`run_stage` for a graph whose workers commit the shards themselves."""
     return run_stage(job, writer, partial(_read_all, writer, graph), parents=parents)
 
 
 def run_stage(
-    job: Job, writer: DatasetWriter, work: Work, *, parents: Mapping[str, Path]
+    job: Job, writer: DatasetWriter, work: Work, *, parents: Mapping[str, Path | Location]
 ) -> dict[str, Any]:
     """Do what is missing of a dataset and give its summary; no Ray is started if nothing is.
 
@@ -46,10 +49,13 @@ def run_stage(
         if writer.finished():
             runtime.nothing_to_do(job.output)
             manifest = Manifest.load(job.output, stage=writer.stage)
+            if not (writer.place / REPORT).exists():
+                with _run_directory(writer.place) as directory:
+                    write_report(directory / REPORT, lineage(manifest))
         else:
-            manifest, figures = _run(job, writer, work, parents)
-        if not (job.output / REPORT).exists():
-            write_report(job.output / REPORT, lineage(manifest))
+            with _run_directory(writer.place) as directory:
+                manifest, figures = _run(job, writer, work, parents, directory)
+            garbage.collect(writer.place)
     return {
         "stage": manifest.stage,
         "rows_in": manifest.rows_in,
@@ -72,14 +78,18 @@ def one_block_each(rows: list[dict[str, Any]]) -> "Dataset":
 
 
 def _run(
-    job: Job, writer: DatasetWriter, work: Work, parents: Mapping[str, Path]
+    job: Job,
+    writer: DatasetWriter,
+    work: Work,
+    parents: Mapping[str, Path | Location],
+    directory: Path,
 ) -> tuple[Manifest, Mapping[str, float]]:
     with tracking.open_run(
         job.tracking,
         stage=writer.stage,
         settings=writer.config,
         tags=run_tags(writer.inputs, parents),
-        directory=job.output,
+        directory=directory,
         uri=runtime.tracking_uri(),
     ) as tracker:
         figures: Mapping[str, float] = {}
@@ -92,9 +102,29 @@ def _run(
         drops = {f"dropped.{reason}": count for reason, count in manifest.dropped.items()}
         tracker.log_metrics({**counts, **drops, **figures}, step=0)
         tracker.set_tags({"manifest_digest": manifest.digest})
-        write_report(job.output / REPORT, lineage(manifest))
-        tracker.log_file(job.output / REPORT)
+        write_report(directory / REPORT, lineage(manifest))
+        tracker.log_file(directory / REPORT)
         return manifest, figures
+
+
+@contextmanager
+def _run_directory(output: Location) -> Iterator[Path]:
+    """Where a run's files are written: the output or, for one in S3, a copy that is put back."""
+    if not output.is_s3:
+        yield output.path
+        return
+    names = (tracking.RUN_FILE, tracking.METRICS_FILE, REPORT)
+    with tempfile.TemporaryDirectory(prefix="manray-") as temporary:
+        directory = Path(temporary)
+        for name in names:
+            if (output / name).exists():
+                (directory / name).write_bytes((output / name).read())
+        try:
+            yield directory
+        finally:
+            for name in names:
+                if (directory / name).exists():
+                    (output / name).replace((directory / name).read_bytes())
 
 
 def _read_all(writer: DatasetWriter, graph: Graph, pending: list[str]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from jobs import runtime, workers
@@ -11,7 +12,7 @@ from jobs.progress import FollowMetrics
 from models.prior import count_parameters
 from pipelines.data import plan
 from pipelines.data.stage import Manifest
-from pipelines.data.storage import sha256_file
+from pipelines.data.storage import Location, sha256_file
 from pipelines.data.tokenizer import CaptionTokenizer
 from pipelines.training import tracking
 from pipelines.training.prior_stage import PRIOR_FILE, PriorStage, run_prior_stage
@@ -60,7 +61,11 @@ def train(job: TrainPriorJob) -> dict[str, Any]:
 
 
 def _train(job: TrainPriorJob, settings: dict[str, Any], inputs: dict[str, str]) -> None:
-    parents = {"tokens": job.tokens, "dvae": job.dvae.parent, "tokenizer": job.tokenizer.parent}
+    parents: dict[str, Path | Location] = {
+        "tokens": job.tokens,
+        "dvae": job.dvae.parent,
+        "tokenizer": job.tokenizer.parent,
+    }
     uri = runtime.tracking_uri()
     with (
         runtime.ray_session(),

@@ -3,10 +3,11 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jobs.configs.job import Job
+from jobs.configs.job import DatasetPath, Job
 from pipelines.data.download import DownloadConfig
 from pipelines.data.fetch import FetchConfig
 from pipelines.data.resize import ResizeConfig
+from pipelines.data.storage import Location
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,7 @@ class DownloadPairsJob(Job):
 
     urls: Path = Path("runs/paper/urls.parquet")
     """Parquet, CSV, TSV or JSON lines with the columns url and caption."""
-    output: Path = Path("runs/paper/raw")
+    output: DatasetPath = Location("runs/paper/raw")
     """Dataset directory to make; run the same line again to go on where it stopped."""
     download: DownloadConfig = field(default_factory=DownloadConfig)
     cpus_per_shard: float = 1.0
@@ -31,7 +32,7 @@ PRESETS = {
         "the quickstart's: 96 px PNG in shards of 64, also from this machine; half a minute",
         DownloadPairsJob(
             urls=Path("runs/quickstart/urls.parquet"),
-            output=Path("runs/quickstart/raw"),
+            output=Location("runs/quickstart/raw"),
             download=DownloadConfig(
                 rows_per_shard=64,
                 fetch=FetchConfig(allow_loopback=True, timeout_s=10),

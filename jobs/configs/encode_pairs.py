@@ -3,17 +3,18 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jobs.configs.job import Job
+from jobs.configs.job import DatasetPath, Job
 from pipelines.data.crops import CropConfig
 from pipelines.data.encoding_config import EncodingConfig
+from pipelines.data.storage import Location
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodePairsJob(Job):
     """Encode filtered pictures to token shards. The defaults are the paper's crops."""
 
-    output: Path = Path("runs/12b/tokens")
-    filtered: Path = Path("runs/12b/filtered")
+    output: DatasetPath = Location("runs/12b/tokens")
+    filtered: DatasetPath = Location("runs/12b/filtered")
     """Filtered pairs, made by filter_pairs."""
     dvae: Path = Path("runs/12b/dvae/dvae.safetensors")
     """A dVAE, or a VQ-VAE in its place."""
@@ -43,8 +44,8 @@ class EncodePairsJob(Job):
 
 
 TINY = EncodePairsJob(
-    output=Path("runs/quickstart/tokens"),
-    filtered=Path("runs/quickstart/filtered"),
+    output=Location("runs/quickstart/tokens"),
+    filtered=Location("runs/quickstart/filtered"),
     dvae=Path("runs/quickstart/dvae/dvae.safetensors"),
     tokenizer=Path("runs/quickstart/tokenizer/tokenizer.json"),
     encoding=EncodingConfig(

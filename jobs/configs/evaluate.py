@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jobs.configs.job import Job
+from jobs.configs.job import DatasetPath, Job
+from pipelines.data.storage import Location
 from pipelines.evaluation.protocol import EvaluationConfig
 from pipelines.sampling.loading import DeviceChoice
 
@@ -13,9 +14,9 @@ class EvaluateJob(Job):
     """Judge a prior on a corpus: losses, retrieval of its pictures, a grid to look at."""
 
     output: Path = Path("runs/12b/evaluation")
-    tokens: Path = Path("runs/12b/tokens")
+    tokens: DatasetPath = Location("runs/12b/tokens")
     """Token shards of the corpus, made by encode_pairs."""
-    filtered: Path = Path("runs/12b/filtered")
+    filtered: DatasetPath = Location("runs/12b/filtered")
     """The filtered pairs that the token shards were made of: the true pictures."""
     tokenizer: Path = Path("runs/12b/tokenizer/tokenizer.json")
     dvae: Path = Path("runs/12b/dvae/dvae.safetensors")
@@ -33,8 +34,8 @@ class EvaluateJob(Job):
 
 TINY = EvaluateJob(
     output=Path("runs/quickstart/evaluation"),
-    tokens=Path("runs/quickstart/tokens"),
-    filtered=Path("runs/quickstart/filtered"),
+    tokens=Location("runs/quickstart/tokens"),
+    filtered=Location("runs/quickstart/filtered"),
     tokenizer=Path("runs/quickstart/tokenizer/tokenizer.json"),
     dvae=Path("runs/quickstart/dvae/dvae.safetensors"),
     prior=Path("runs/quickstart/prior/prior.safetensors"),

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jobs.configs.job import Job
+from jobs.configs.job import DatasetPath, Job
+from pipelines.data.storage import Location
 from pipelines.evaluation.reconstruction import ReconstructionConfig
 from pipelines.sampling.loading import DeviceChoice
 
@@ -13,7 +14,7 @@ class EvaluateDVAEJob(Job):
     """Judge a dVAE or a VQ-VAE: bounds, likeness, use of its codes, its worst and best pictures."""
 
     output: Path = Path("runs/12b/reconstruction")
-    filtered: Path = Path("runs/12b/filtered")
+    filtered: DatasetPath = Location("runs/12b/filtered")
     """Filtered pairs whose pictures are reconstructed."""
     dvae: Path = Path("runs/12b/dvae/dvae.safetensors")
     """A dVAE or a VQ-VAE: trained here, or imported."""
@@ -30,7 +31,7 @@ class EvaluateDVAEJob(Job):
 
 TINY = EvaluateDVAEJob(
     output=Path("runs/quickstart/reconstruction"),
-    filtered=Path("runs/quickstart/filtered"),
+    filtered=Location("runs/quickstart/filtered"),
     dvae=Path("runs/quickstart/dvae/dvae.safetensors"),
 )
 

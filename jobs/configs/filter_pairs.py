@@ -1,19 +1,19 @@
 """What jobs.filter_pairs can be told."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from jobs.configs.job import Job
+from jobs.configs.job import DatasetPath, Job
 from pipelines.data.filtering import FilterConfig
+from pipelines.data.storage import Location
 
 
 @dataclass(frozen=True, kw_only=True)
 class FilterPairsJob(Job):
     """Keep the pairs that are worth learning from."""
 
-    raw: Path = Path("runs/paper/raw")
+    raw: DatasetPath = Location("runs/paper/raw")
     """Dataset made by jobs.download_pairs."""
-    output: Path = Path("runs/paper/filtered")
+    output: DatasetPath = Location("runs/paper/filtered")
     """Dataset directory to make; run the same line again to go on where it stopped."""
     filter: FilterConfig = field(default_factory=FilterConfig)
     cpus_per_shard: float = 1.0
@@ -28,8 +28,8 @@ PRESETS = {
     "tiny": (
         "the quickstart's: pictures from 64 px on; seconds",
         FilterPairsJob(
-            raw=Path("runs/quickstart/raw"),
-            output=Path("runs/quickstart/filtered"),
+            raw=Location("runs/quickstart/raw"),
+            output=Location("runs/quickstart/filtered"),
             filter=FilterConfig(min_side=64),
             cpus_per_shard=2.0,
         ),

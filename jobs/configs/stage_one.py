@@ -4,11 +4,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jobs.configs.job import Job
+from jobs.configs.job import DatasetPath, Job
 from jobs.picture_stream import LoadersConfig
 from jobs.workers import WorkersConfig
 from models.stage_one import StageOneConfig
 from pipelines.data.crops import CropConfig
+from pipelines.data.storage import Location
 from pipelines.training.stage_one_training import StageOneCadence, StageOneTraining
 
 # Whole pictures, as jobs.encode_pairs tiny has them.
@@ -20,7 +21,9 @@ TINY_CADENCE = StageOneCadence(log_every=25, checkpoint_every=200, images_every=
 class TrainStageOneJob(Job, ABC):
     """Train stage one on filtered pictures."""
 
-    filtered: Path = Path("runs/12b/filtered")
+    output: Path
+
+    filtered: DatasetPath = Location("runs/12b/filtered")
     """Filtered pairs, made by filter_pairs."""
     training: StageOneTraining
     cadence: StageOneCadence = field(default_factory=StageOneCadence)

@@ -9,6 +9,7 @@ from jobs.workers import WorkersConfig
 from models.averaging import AveragingConfig
 from models.dvae import DVAEConfig
 from models.dvae_objective import DVAESchedule
+from pipelines.data.storage import Location
 from pipelines.training.stage_one_training import DVAETraining
 
 
@@ -27,7 +28,7 @@ class TrainDVAEJob(TrainStageOneJob):
 
 TINY = TrainDVAEJob(
     output=Path("runs/quickstart/dvae"),
-    filtered=Path("runs/quickstart/filtered"),
+    filtered=Location("runs/quickstart/filtered"),
     dvae=DVAEConfig(image_size=64, vocab_size=128, n_hid=24, n_init=64, n_blk_per_group=1),
     training=DVAETraining(
         steps=1200,

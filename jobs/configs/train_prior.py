@@ -3,10 +3,11 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jobs.configs.job import Job
+from jobs.configs.job import DatasetPath, Job
 from jobs.workers import WorkersConfig
 from models.averaging import AveragingConfig
 from models.prior import PriorConfig
+from pipelines.data.storage import Location
 from pipelines.training.optimizer import PriorOptimizerConfig
 from pipelines.training.prior_loop import Cadence
 from pipelines.training.prior_trainer import PriorTraining
@@ -17,7 +18,7 @@ class TrainPriorJob(Job):
     """Train the prior on token shards. The defaults are the paper's 12B."""
 
     output: Path = Path("runs/12b/prior")
-    tokens: Path = Path("runs/12b/tokens")
+    tokens: DatasetPath = Location("runs/12b/tokens")
     """Token shards, made by encode_pairs."""
     tokenizer: Path = Path("runs/12b/tokenizer/tokenizer.json")
     dvae: Path = Path("runs/12b/dvae/dvae.safetensors")
@@ -30,7 +31,7 @@ class TrainPriorJob(Job):
 
 TINY = TrainPriorJob(
     output=Path("runs/quickstart/prior"),
-    tokens=Path("runs/quickstart/tokens"),
+    tokens=Location("runs/quickstart/tokens"),
     tokenizer=Path("runs/quickstart/tokenizer/tokenizer.json"),
     dvae=Path("runs/quickstart/dvae/dvae.safetensors"),
     prior=PriorConfig(

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jobs.configs.job import Job
+from jobs.configs.job import DatasetPath, Job
+from pipelines.data.storage import Location
 from pipelines.data.tokenizer import TokenizerConfig
 
 
@@ -11,7 +12,7 @@ from pipelines.data.tokenizer import TokenizerConfig
 class TrainTokenizerJob(Job):
     """Learn the caption vocabulary from a filtered dataset."""
 
-    filtered: Path = Path("runs/paper/filtered")
+    filtered: DatasetPath = Location("runs/paper/filtered")
     """Dataset made by jobs.filter_pairs, whose captions are learned."""
     output: Path = Path("runs/paper/tokenizer")
     """Directory for tokenizer.json; run the same line again to go on where it stopped."""
@@ -30,7 +31,7 @@ PRESETS = {
     "tiny": (
         "1,024 ids from the quickstart's captions: seconds, one core",
         TrainTokenizerJob(
-            filtered=Path("runs/quickstart/filtered"),
+            filtered=Location("runs/quickstart/filtered"),
             output=Path("runs/quickstart/tokenizer"),
             tokenizer=TokenizerConfig(vocab_size=1024),
             text_len=32,

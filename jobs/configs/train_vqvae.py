@@ -8,6 +8,7 @@ from jobs.picture_stream import LoadersConfig
 from jobs.workers import WorkersConfig
 from models.vqvae import VQVAEConfig
 from models.vqvae_objective import QuantizerConfig, VQVAESchedule
+from pipelines.data.storage import Location
 from pipelines.training.stage_one_training import VQVAETraining
 
 
@@ -27,7 +28,7 @@ class TrainVQVAEJob(TrainStageOneJob):
 
 TINY = TrainVQVAEJob(
     output=Path("runs/quickstart/vqvae"),
-    filtered=Path("runs/quickstart/filtered"),
+    filtered=Location("runs/quickstart/filtered"),
     vqvae=VQVAEConfig(
         image_size=64, vocab_size=128, code_width=32, n_hid=24, n_init=64, n_blk_per_group=1
     ),

@@ -20,7 +20,7 @@ from models.stage_one import StageOneConfig
 from pipelines.data.encoding_config import EncodingConfig
 from pipelines.data.schema import tokens_schema
 from pipelines.data.stage import DatasetWriter, Manifest
-from pipelines.data.storage import sha256_file
+from pipelines.data.storage import Location, sha256_file
 from pipelines.data.tokenizer import CaptionTokenizer
 from pipelines.training.weights import STAGE_ONE, read_header, stage_one_config
 
@@ -78,12 +78,16 @@ class EncodingPlan:
 
 
 def plan_encoding(
-    filtered: Path, tokenizer: Path, dvae: Path, output: Path, config: EncodingConfig
+    filtered: Path | Location,
+    tokenizer: Path,
+    dvae: Path,
+    output: Path | Location,
+    config: EncodingConfig,
 ) -> EncodingPlan:
     """Check the inputs and name the shards; raises ValueError on a missing or foreign input."""
     manifest = Manifest.load(filtered.resolve(), stage="filter_pairs")
     header = read_header(dvae, *STAGE_ONE)
-    paths = {"filtered": filtered, "tokenizer": tokenizer, "dvae": dvae}
+    paths: dict[str, Path | Location] = {"filtered": filtered, "tokenizer": tokenizer, "dvae": dvae}
     inputs = {
         "filtered": manifest.digest,
         "tokenizer": CaptionTokenizer.from_file(tokenizer).digest,

@@ -17,6 +17,7 @@ import pyarrow as pa
 from pipelines.data import boilerplate
 from pipelines.data.schema import DROPPED, FILTERED
 from pipelines.data.stage import DatasetWriter, Manifest
+from pipelines.data.storage import Location
 
 STAGE = "filter_pairs"
 CLD3_MAX_BYTES = 1000
@@ -104,7 +105,7 @@ def caption_reason(caption: str, config: FilterConfig) -> tuple[str, str] | None
 
 
 def commit_filtered(
-    item: dict[str, Any], *, raw: Path, writer: DatasetWriter, config: FilterConfig
+    item: dict[str, Any], *, raw: Path | Location, writer: DatasetWriter, config: FilterConfig
 ) -> dict[str, Any]:
     """Filter and commit one shard: `item` is its id and the keys of its duplicate pictures."""
     table = Manifest.load(raw).read(item["shard"])

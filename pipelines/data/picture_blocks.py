@@ -17,6 +17,8 @@ from pipelines.data.crops import Crop, random_crop
 from pipelines.data.decode import UnusablePicture, decode_picture
 from pipelines.data.encoding_config import EncodingConfig
 from pipelines.data.schema import DROPPED
+from pipelines.data.stage import open_parquet
+from pipelines.data.storage import Location
 
 INPUT_COLUMNS = ["key", "url", "caption", "image"]
 READ_ROWS = 64
@@ -56,11 +58,11 @@ class ShardDecoder:
     def __call__(self, shard: pa.Table) -> Iterator[pa.Table]:
         """The blocks of the shard named by this one row; the same ones at every call."""
         (row,) = shard.to_pylist()
-        yield from picture_blocks(row["shard"], Path(row["file"]), self.config, self.image_size)
+        yield from picture_blocks(row["shard"], Location(row["file"]), self.config, self.image_size)
 
 
 def picture_blocks(
-    shard: str, file: Path, config: EncodingConfig, image_size: int
+    shard: str, file: Path | Location, config: EncodingConfig, image_size: int
 ) -> Iterator[pa.Table]:
     """The blocks of a shard, in order; every one but the last holds `batch_samples` squares."""
     block = _Block(shard, 0, config.batch_samples, image_size)
@@ -114,9 +116,9 @@ class _Block:
         return pa.table(columns, schema=PICTURE_BLOCK)
 
 
-def _read_pairs(file: Path) -> Iterator[dict[str, Any]]:
+def _read_pairs(file: Path | Location) -> Iterator[dict[str, Any]]:
     try:
-        with pq.ParquetFile(file, buffer_size=READ_BYTES) as parquet:
+        with pq.ParquetFile(open_parquet(Location(file)), buffer_size=READ_BYTES) as parquet:
             for batch in parquet.iter_batches(READ_ROWS, columns=INPUT_COLUMNS, use_threads=False):
                 yield from batch.to_pylist()
     except (pa.ArrowInvalid, FileNotFoundError) as error:

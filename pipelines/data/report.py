@@ -44,7 +44,7 @@ def lineage(manifest: Manifest) -> list[Manifest]:
     chain = [manifest]
     while source := chain[0].sources.get(DATASET_INPUTS.get(chain[0].stage, "")):
         try:
-            chain.insert(0, Manifest.load(Path(source)))
+            chain.insert(0, Manifest.load(source))
         except NotADataset:  # moved or removed since: what is left can still be shown
             break
     return chain

@@ -7,11 +7,11 @@ readers trust.
 """
 
 import hashlib
-import json
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 
 from pipelines.data import plan
 from pipelines.data.schema import DROPPED
-from pipelines.data.storage import canonical_json, create_once, sha256_file
+from pipelines.data.storage import Location, canonical_json
 
-MANIFEST = "manifest.json"
+MANIFEST, COMMITS, ATTEMPTS = "manifest.json", "commits", "attempts"
 
 
 class NotADataset(ValueError):
@@ -48,7 +48,7 @@ class ShardCommit:
 class Manifest:
     """A finished dataset."""
 
-    path: Path
+    path: Location
     stage: str
     config: dict[str, Any]
     inputs: dict[str, str]
@@ -57,8 +57,12 @@ class Manifest:
     shards: list[ShardCommit] = field(default_factory=list)
 
     @classmethod
-    def load(cls, path: Path, *, stage: str | None = None) -> "Manifest":
-        """Read a finished dataset; raises NotADataset if it is missing, unfinished or another's."""
+    def load(cls, where: str | PathLike[str] | Location, *, stage: str | None = None) -> "Manifest":
+        """Read a finished dataset; raises NotADataset if it is missing, unfinished or another's.
+
+        Raises plan.DamagedFile if its manifest cannot be read.
+        """
+        path = Location(where)
         file = path / MANIFEST
         if not file.exists():
             state = "is not finished" if (path / plan.PLAN).exists() else "is no dataset"
@@ -66,11 +70,15 @@ class Manifest:
                 f"{path} must be a finished dataset (with {MANIFEST}), but it {state}: "
                 f"run the job that makes it{f' ({stage})' if stage else ''} first"
             )
-        content = json.loads(file.read_bytes())
-        if stage is not None and content["stage"] != stage:
-            raise NotADataset(f"{path} must be made by {stage}, got one by {content['stage']}")
-        shards = [ShardCommit(**shard) for shard in content.pop("shards")]
-        return cls(path=path, shards=shards, **content)
+        content = plan.read_json(file)
+        if stage is not None and content.get("stage") != stage:
+            made_by = content.get("stage", "nobody")
+            raise NotADataset(f"{path} must be made by {stage}, got one by {made_by}")
+        try:
+            shards = [ShardCommit(**shard) for shard in content.pop("shards")]
+            return cls(path=path, shards=shards, **content)
+        except (KeyError, TypeError) as error:
+            raise plan.DamagedFile(f"{file} must be a manifest, but it is not: {error}") from error
 
     @property
     def rows_in(self) -> int:
@@ -127,17 +135,22 @@ class Manifest:
 class DatasetWriter:
     """Writes one dataset; holds no open file, so that it travels to workers."""
 
-    path: Path
+    path: Path | Location
     stage: str
     config: Mapping[str, Any]
     inputs: Mapping[str, str]
     sources: Mapping[str, str]
     shards: Sequence[str]
 
+    @property
+    def place(self) -> Location:
+        """`path`, on disk or in S3."""
+        return Location(self.path)
+
     def claim(self) -> None:
         """Make the output ours, see `plan.claim`."""
         plan.claim(
-            self.path,
+            self.place,
             stage=self.stage,
             config=self.config,
             inputs=self.inputs,
@@ -146,11 +159,12 @@ class DatasetWriter:
 
     def pending(self) -> list[str]:
         """The shards that have no commit yet."""
-        return [shard for shard in self.shards if not self._record(shard).exists()]
+        committed = {entry.name for entry in (self.place / COMMITS).list()}
+        return [shard for shard in self.shards if f"{shard}.json" not in committed]
 
     def finished(self) -> bool:
         """True if the dataset is sealed; call after `claim`, which checks that it is this one."""
-        return (self.path / MANIFEST).exists()
+        return (self.place / MANIFEST).exists()
 
     def commit(
         self, shard: str, kept: pa.Table, dropped: pa.Table, *, rows_in: int, schema: pa.Schema
@@ -165,67 +179,93 @@ class DatasetWriter:
                 f"shard {shard} of {self.stage}: {rows_in} rows came in, "
                 f"{kept.num_rows} kept + {dropped.num_rows} dropped went out"
             )
-        name = f"attempts/{shard}.{uuid.uuid4().hex}"
+        name = f"{ATTEMPTS}/{shard}.{uuid.uuid4().hex}"
         kept_file, dropped_file = f"{name}.parquet", f"{name}.dropped.parquet"
         commit = ShardCommit(
             shard=shard,
             file=kept_file,
-            sha256=_write_parquet(self.path / kept_file, kept.cast(schema)),
+            sha256=_write_parquet(self.place / kept_file, kept.cast(schema)),
             dropped_file=dropped_file,
-            dropped_sha256=_write_parquet(self.path / dropped_file, dropped.cast(DROPPED)),
+            dropped_sha256=_write_parquet(self.place / dropped_file, dropped.cast(DROPPED)),
             rows_in=rows_in,
             rows_out=kept.num_rows,
             dropped=_count_reasons(dropped),
         )
-        if create_once(self._record(shard), canonical_json(asdict(commit))):
+        if self._record(shard).create_once(canonical_json(asdict(commit))):
             return commit
-        # Somebody committed this shard first: theirs counts, our attempt is the spare.
-        (self.path / kept_file).unlink()
-        (self.path / dropped_file).unlink()
-        return self._read_record(shard)
+        winner = self.read_record(shard)
+        if winner.file != kept_file:
+            # Somebody committed this shard first: theirs counts, our attempt is the spare.
+            (self.place / kept_file).delete()
+            (self.place / dropped_file).delete()
+        return winner
 
     def seal(self) -> Manifest:
         """Write the manifest; raises RuntimeError if a shard is missing."""
         if missing := self.pending():
             raise RuntimeError(f"{self.path} cannot be sealed: {len(missing)} shards are missing")
         manifest = Manifest(
-            path=self.path,
+            path=self.place,
             stage=self.stage,
             config=dict(self.config),
             inputs=dict(self.inputs),
             sources=dict(self.sources),
-            shards=[self._read_record(shard) for shard in self.shards],
+            shards=[self.read_record(shard) for shard in self.shards],
         )
         content = asdict(manifest)
         del content["path"]
-        create_once(self.path / MANIFEST, canonical_json(content))
-        return Manifest.load(self.path, stage=self.stage)
+        (self.place / MANIFEST).create_once(canonical_json(content))
+        return Manifest.load(self.place, stage=self.stage)
 
-    def _record(self, shard: str) -> Path:
-        return self.path / "commits" / f"{shard}.json"
+    def read_record(self, shard: str) -> ShardCommit:
+        """The commit of a shard; raises plan.DamagedFile if it cannot be read."""
+        return read_commit(self._record(shard))
 
-    def _read_record(self, shard: str) -> ShardCommit:
-        return ShardCommit(**json.loads(self._record(shard).read_bytes()))
+    def _record(self, shard: str) -> Location:
+        return self.place / COMMITS / f"{shard}.json"
 
 
-def _write_parquet(path: Path, table: pa.Table) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def read_commit(file: Location) -> ShardCommit:
+    """What a commit record says; raises plan.DamagedFile if it is none."""
+    content = plan.read_json(file)
     try:
-        # A dictionary of values that hardly repeat costs more to read than it saves.
-        pq.write_table(table, path, compression="zstd", use_dictionary=False)
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
-    if not _read_parquet(path, None).equals(table):
-        raise RuntimeError(f"{path} was read back otherwise than it was written")
-    return sha256_file(path)
+        commit = ShardCommit(**content)
+    except TypeError as error:
+        raise plan.DamagedFile(f"{file} must be a commit record, but it is not: {error}") from error
+    if file.name != f"{commit.shard}.json":
+        raise plan.DamagedFile(f"{file} must be of its shard, it is of shard {commit.shard}")
+    return commit
 
 
-def _read_parquet(path: Path, columns: Sequence[str] | None) -> pa.Table:
+def _write_parquet(file: Location, table: pa.Table) -> str:
+    """Write a file under a name of its own and read it back; its SHA-256."""
+    sink = pa.BufferOutputStream()
+    # A dictionary of values that hardly repeat costs more to read than it saves.
+    pq.write_table(table, sink, compression="zstd", use_dictionary=False)
+    data = sink.getvalue().to_pybytes()
+    digest = hashlib.sha256(data).hexdigest()
+    file.put(data)
+    back = file.read()
+    if hashlib.sha256(back).hexdigest() != digest or not _parse(back).equals(table):
+        raise RuntimeError(f"{file} was read back otherwise than it was written")
+    return digest
+
+
+def _parse(data: bytes) -> pa.Table:
+    return pq.read_table(pa.BufferReader(data))
+
+
+def _read_parquet(file: Location, columns: Sequence[str] | None) -> pa.Table:
+    source = open_parquet(file)  # a store that is away is no fault of the file
     try:
-        return pq.read_table(path, columns=None if columns is None else list(columns))
-    except (pa.ArrowInvalid, FileNotFoundError) as error:
-        raise ValueError(f"{path} must be a readable Parquet file: {error}") from error
+        return pq.read_table(source, columns=None if columns is None else list(columns))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{file} must be a readable Parquet file: {error}") from error
+
+
+def open_parquet(file: Location) -> Path | pa.BufferReader:
+    """What pyarrow reads a file from; a file in S3 is fetched whole. Raises FileNotFoundError."""
+    return pa.BufferReader(file.read()) if file.is_s3 else file.path
 
 
 def _count_reasons(dropped: pa.Table) -> dict[str, int]:

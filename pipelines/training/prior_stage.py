@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.prior import PriorConfig
 from pipelines.data.stage import Manifest
-from pipelines.data.storage import sha256_file
+from pipelines.data.storage import Location, sha256_file
 from pipelines.data.tokenizer import CaptionTokenizer
 from pipelines.sampling.engine import Sampler
 from pipelines.sampling.grid import captioned_rows
@@ -31,7 +31,7 @@ class PriorStage:
     """All that a worker needs to know; travels to it."""
 
     output: Path
-    tokens: Path
+    tokens: Path | Location
     tokenizer: Path
     dvae: Path
     prior: PriorConfig

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.data.storage import canonical_json, replace_file
+from pipelines.data.storage import Location, canonical_json, replace_file
 from pipelines.training.tracking import run_id_of
 
 RESULT = "result.json"
@@ -22,7 +22,7 @@ def read_result(output: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_bytes())) if file.exists() else {}
 
 
-def run_tags(digests: Mapping[str, str], parents: Mapping[str, Path]) -> dict[str, str]:
+def run_tags(digests: Mapping[str, str], parents: Mapping[str, Path | Location]) -> dict[str, str]:
     """MLflow tags: the code's git commit, the inputs' digests, the runs that made the inputs.
 
     `parents` maps an input's name to the output directory of the stage that made it.

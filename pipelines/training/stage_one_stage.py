@@ -10,6 +10,7 @@ from torch import Tensor
 
 from models.stage_one import StageOneConfig
 from pipelines.data.stage import Manifest
+from pipelines.data.storage import Location
 from pipelines.training.codebook_picture import codebook_picture
 from pipelines.training.picture_loader import PictureLoader
 from pipelines.training.run_directory import write_result
@@ -26,7 +27,7 @@ class StageOneStage:
     """All that a worker needs to know; travels to it."""
 
     output: Path
-    filtered: Path
+    filtered: Path | Location
     config: StageOneConfig
     training: StageOneTraining
     cadence: StageOneCadence

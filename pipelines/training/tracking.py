@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.data.storage import canonical_json, replace_file
+from pipelines.data.storage import Location, canonical_json, replace_file
 
 METRICS_FILE = "metrics.jsonl"
 RUN_FILE = ".mlflow_run.json"
@@ -126,7 +126,7 @@ def open_run(
     tracker.finish("FINISHED")
 
 
-def run_id_of(directory: Path) -> str:
+def run_id_of(directory: Path | Location) -> str:
     """The MLflow run that made an output; empty if MLflow was away."""
     file = directory / RUN_FILE
     return str(json.loads(file.read_bytes())["run_id"]) if file.exists() else ""

@@ -24,7 +24,7 @@ from jobs import encode_pairs
 from pipelines.data.decode import decode_picture
 from pipelines.data.schema import FILTERED
 from pipelines.data.stage import Manifest
-from pipelines.data.storage import replace_file, sha256_file
+from pipelines.data.storage import Location, replace_file, sha256_file
 from pipelines.data.tokenizer import CaptionTokenizer, TokenizerConfig, train_tokenizer
 from pipelines.training.weights import load_stage_one
 from tests.fixtures.datasets import CORPUS, filtered_row, tiny_dvae, write_dataset
@@ -39,7 +39,7 @@ CROPS = 2
 BATCH = 16  # of the test of memory
 
 
-def encode_arguments(path: Path, output: Path, *more: str) -> list[str]:
+def encode_arguments(path: Path, output: Path | Location, *more: str) -> list[str]:
     return [
         "tiny",
         f"--filtered={path / 'filtered'}",

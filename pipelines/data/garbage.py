@@ -1,0 +1,70 @@
+"""Removing the attempts that no commit names, never one that a commit may still name.
+
+An attempt is garbage if its shard has a commit record, and the record names another attempt.
+Records are created once and never removed or replaced. So once a shard has one, no other attempt of
+it can ever be named: not by a worker that was held up for hours and wakes after this, not by two
+drivers at once, and not by a request that reaches S3 late. Attempts of a shard without a record are
+left alone, however old they are, because one of them may be the one that is committed next; when
+the dataset is sealed, every shard has a record. No clock and no lease takes part in the argument.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipelines.data.stage import ATTEMPTS, COMMITS, MANIFEST, read_commit
+from pipelines.data.storage import Entry, Location
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """What was removed."""
+
+    files: int
+    bytes: int
+
+
+def collect(place: Location) -> Collected:
+    """Remove the attempts that can never count, and a sealed dataset's temporary files.
+
+    Raises plan.DamagedFile, before anything is removed, if a commit record cannot be read.
+    """
+    doomed = list(garbage(place))
+    for entry in doomed:
+        (place / entry.name).delete()
+    return Collected(files=len(doomed), bytes=sum(entry.bytes for entry in doomed))
+
+
+def garbage(place: Location) -> Iterator[Entry]:
+    """The files that `collect` removes."""
+    # The files are listed before the records are read: a shard that is committed between the two
+    # has its record seen.
+    files = place.list()
+    records = {entry.name for entry in files if entry.name.startswith(f"{COMMITS}/")}
+    commits = {
+        name: read_commit(place / name)
+        for name in sorted(records)
+        if name.endswith(".json") and not is_temporary(name)
+    }
+    named = {name for commit in commits.values() for name in (commit.file, commit.dropped_file)}
+    committed = {commit.shard for commit in commits.values()}
+    sealed = any(entry.name == MANIFEST for entry in files)
+    for entry in files:
+        if is_temporary(entry.name):
+            # A killed writer's, of a record or of a report; all records are there if it is sealed.
+            if sealed:
+                yield entry
+        elif shard_of(entry.name) in committed and entry.name not in named:
+            yield entry
+
+
+def shard_of(name: str) -> str:
+    """The shard that an attempt's file is of; empty for any other file."""
+    folder, _, file = name.partition("/")
+    parts = file.removesuffix(".parquet").removesuffix(".dropped").rpartition(".")
+    return parts[0] if folder == ATTEMPTS and file.endswith(".parquet") else ""
+
+
+def is_temporary(name: str) -> bool:
+    """True for what a write to the local disk leaves when it is killed before its last step."""
+    file = name.rpartition("/")[2]
+    return file.startswith(".") and file.endswith(".tmp")
