@@ -71,6 +71,22 @@ def one_block_each(rows: list[dict[str, Any]]) -> "Dataset":
     return ray.data.from_items(rows, override_num_blocks=len(rows))
 
 
+def fitting_cpus(stage: str, asked: float) -> float:
+    """Processors for one task: what was asked for, or what the largest node has, and it is said.
+
+    Ray would wait for ever for a node that is large enough.
+    """
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    most = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
+    if most == 0:
+        raise ValueError(f"{stage} must have a node with a processor, the cluster has none")
+    if asked > most:
+        print(f"{stage}: a task is to have {asked:g} CPUs, but no node has more than {most:g}")
+    return float(min(asked, most))
+
+
 def _run(
     job: Job, writer: DatasetWriter, work: Work, parents: Mapping[str, Path]
 ) -> tuple[Manifest, Mapping[str, float]]:

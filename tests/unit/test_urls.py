@@ -77,7 +77,7 @@ def test_a_row_without_url_or_caption_is_kept_for_the_stages_to_drop(tmp_path: P
         ("list.csv", "a,b\nx,y\n", ["url and caption", "a, b"]),
         ("list.csv", "url,caption\n", ["at least one pair"]),
         ("list.csv", "", ["readable .csv"]),
-        ("list.xlsx", "url,caption\nx,y\n", [".parquet, .csv, .tsv, .jsonl", ".xlsx"]),
+        ("list.xlsx", "url,caption\nx,y\n", [".parquet, .csv, .tsv, .json, .jsonl, .txt", ".xlsx"]),
         ("list.parquet", "this is no parquet", ["readable .parquet"]),
         ("list.jsonl", "{not json", ["readable .jsonl"]),
         ("list.jsonl", '{"url": {"a": 1}, "caption": "x"}', ["must have text in the column url"]),
