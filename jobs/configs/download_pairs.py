@@ -16,7 +16,7 @@ class DownloadPairsJob(Job):
     """Fetch the pictures of a URL list. The defaults are for a list of the paper's size."""
 
     urls: Path = Path("runs/paper/urls.parquet")
-    """Parquet, CSV, TSV, JSON, JSON lines or text; a file, a directory or a pattern such as "l/*.csv".
+    """Parquet, CSV, TSV, JSON, JSON lines or text; a file, a directory or a "*" pattern.
 
     TSV without a header may be caption TAB url, as Conceptual Captions has it; text is a URL a
     line, with or without TAB caption."""

@@ -29,9 +29,9 @@ class DownloadConfig:
     resize: ResizeConfig = field(default_factory=ResizeConfig)
     collapse: CollapseConfig = field(default_factory=CollapseConfig)
     engine: Literal["guarded", "img2dataset"] = "guarded"
-    """img2dataset's own fetching and resizing instead of the guarded one: for trusted lists only."""
+    """Which fetches; img2dataset's own way has no guards, and is for trusted lists only."""
     trust_urls: bool = False
-    """Every URL of the list, and all that they may redirect to, is trusted; img2dataset needs it."""
+    """All URLs, and all that they may redirect to, are trusted; engine img2dataset needs it."""
 
     def __post_init__(self) -> None:
         if self.rows_per_shard < 1:
