@@ -32,7 +32,8 @@ def arguments(output: Path) -> list[str]:
     # More processors a shard than the cluster has: one shard at a time, and the job says so.
     return [
         "tiny", "--output", str(output), "--download.rows-per-shard", str(ROWS_PER_SHARD),
-        "--download.collapse.window", "8", "--download.fetch.retries", "0", "--cpus-per-shard", "64",
+        "--download.collapse.window", "8", "--download.fetch.retries", "0",
+        "--cpus-per-shard", "64",
     ]  # fmt: skip
 
 

@@ -211,8 +211,13 @@ def test_the_total_time_of_a_url_is_bounded_whatever_its_tries(server: EvilServe
 
 def test_a_host_that_many_redirects_lead_to_is_asked_by_few_at_once(server: EvilServer) -> None:
     config = replace(TRIAL, per_host=2)
-    urls = [server.url("/to?" + server.url(f"/busy?{n}"), host=f"127.0.0.{n}") for n in range(1, 9)]
-    found = fetch_all(urls, config, lambda fetched: fetched)
+    targets = [server.url(f"/busy?{n}") for n in range(8)]
+    urls = [server.url(f"/to?{url}", host=f"host-{n}.example") for n, url in enumerate(targets)]
+
+    async def resolve(host: str, port: int) -> list[str]:
+        return ["127.0.0.1"]
+
+    found = fetch_all(urls, config, lambda fetched: fetched, resolve)
     assert [fetched.reason for fetched in found] == [""] * 8
     assert server.most_at_once <= 2
 
@@ -237,7 +242,18 @@ def test_a_resolver_that_is_busy_is_asked_again_a_missing_name_is_not(
 def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    make = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=localhost",
+    ]
     files = ["-keyout", str(key), "-out", str(certificate)]
     subprocess.run([*make, *files], check=True, capture_output=True)
     context.load_cert_chain(certificate, key)
