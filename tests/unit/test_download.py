@@ -77,7 +77,7 @@ def test_a_network_that_dies_midway_writes_no_row_off(server: EvilServer) -> Non
     config = replace(CONFIG, collapse=CollapseConfig(window=10, share=0.9))
     rows = shard([server.url(f"/picture?{n}") for n in range(200)])
     server.alive_answers = 40
-    with pytest.raises(NetworkCollapsed, match="of the last 10 fetches .* connection_failed"):
+    with pytest.raises(NetworkCollapsed, match=r"of the last 10 fetches .* connection_failed"):
         download_shard(rows, config)
     assert sum(server.asked.values()) < 100  # the rest was not even asked
 

@@ -1,4 +1,4 @@
-"""The wall under fire: damaged URLs and pictures by the thousand. MANRAY_FUZZ=10000 makes it more."""
+"""The wall under fire: damaged URLs and pictures by the thousand; MANRAY_FUZZ=10000 for more."""
 
 import io
 import ipaddress
@@ -76,7 +76,13 @@ def test_no_damaged_url_reaches_an_inner_address_even_if_names_are_rebound(
     dials: list[str],
 ) -> None:
     rng = np.random.default_rng(1)
-    answers = (["93.184.216.34"], ["127.0.0.1"], ["93.184.216.34", "10.0.0.1"], ["::1"], [])
+    answers: tuple[list[str], ...] = (
+        ["93.184.216.34"],
+        ["127.0.0.1"],
+        ["93.184.216.34", "10.0.0.1"],
+        ["::1"],
+        [],
+    )
 
     async def rebind(host: str, port: int) -> list[str]:
         """Numbers as the system reads them; names anew at every question."""
