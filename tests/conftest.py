@@ -6,11 +6,15 @@ Tests of tests/unit never ask for `ray_cluster`; Ray is not even imported for th
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+from pipelines.data import s3
+from tests.fixtures.s3_server import S3Server, running_s3
 
 RAY_CPUS = (
     4  # logical: two workers of a training and the stages of a read must fit beside each other
@@ -73,3 +77,22 @@ def ray_cluster(private_directory: Path) -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_server(private_directory: Path) -> Iterator[S3Server]:
+    """A real S3 server on loopback for the whole session."""
+    with running_s3(private_directory / "s3") as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a new bucket; this process's S3 client speaks to the session's server."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    s3_server.client().create_bucket(Bucket=name)
+    s3.client.cache_clear()
+    yield name
+    s3.client.cache_clear()
