@@ -10,6 +10,7 @@ from jobs import runtime
 from jobs.configs.job import Job
 from jobs.progress import Progress
 from pipelines.data import plan
+from pipelines.data.collapse import NetworkCollapsed
 from pipelines.data.report import lineage, write_report
 from pipelines.data.stage import DatasetWriter, Manifest
 from pipelines.training import tracking
@@ -116,7 +117,9 @@ def _run(
 def _read_all(writer: DatasetWriter, graph: Graph, pending: list[str]) -> dict[str, float]:
     with Progress(writer.stage, len(writer.shards), "shards") as progress:
         progress.set(len(writer.shards) - len(pending))
-        for _ in graph(pending).iter_rows():
+        for row in graph(pending).iter_rows():
+            if row.get("collapsed"):
+                raise NetworkCollapsed(row["collapsed"])
             progress.advance()
     return {}
 

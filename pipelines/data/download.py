@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from pipelines.data.causes import has_cause
-from pipelines.data.collapse import CollapseConfig, CollapseWatch
+from pipelines.data.collapse import CollapseConfig, CollapseWatch, NetworkCollapsed
 from pipelines.data.fetch import FetchConfig, Fetched, Resolve, fetch_all
 from pipelines.data.img2dataset_engine import img2dataset_results
 from pipelines.data.resize import ResizeConfig, Resized, resize_picture
@@ -98,9 +98,16 @@ def retry_shard(
 def commit_download(
     item: dict[str, Any], *, writer: DatasetWriter, config: DownloadConfig
 ) -> dict[str, Any]:
-    """Download and commit one shard: `item` is its id and its rows, see `pack`."""
+    """Download and commit one shard: `item` is its id and its rows, see `pack`.
+
+    A dead network comes back as the word `collapsed`, because Ray Data 2.60 hands on what a worker
+    raised without its type.
+    """
     rows = pa.ipc.open_stream(item["rows"]).read_all()
-    kept, dropped = download_shard(rows, config)
+    try:
+        kept, dropped = download_shard(rows, config)
+    except NetworkCollapsed as error:
+        return {"shard": item["shard"], "collapsed": str(error)}
     return _commit(writer, item["shard"], kept, dropped, rows.num_rows)
 
 
@@ -112,10 +119,13 @@ def commit_retry(
     old: Manifest,
     causes: Sequence[str],
 ) -> dict[str, Any]:
-    """Retry and commit one shard of a finished download."""
+    """Retry and commit one shard of a finished download; see `commit_download`."""
     kept, dropped = old.read(item["shard"]), old.read_dropped(item["shard"])
     rows_in = kept.num_rows + dropped.num_rows
-    kept, dropped = retry_shard(kept, dropped, config, causes)
+    try:
+        kept, dropped = retry_shard(kept, dropped, config, causes)
+    except NetworkCollapsed as error:
+        return {"shard": item["shard"], "collapsed": str(error)}
     return _commit(writer, item["shard"], kept, dropped, rows_in)
 
 
@@ -152,7 +162,7 @@ def _commit(
     writer: DatasetWriter, shard: str, kept: pa.Table, dropped: pa.Table, rows_in: int
 ) -> dict[str, Any]:
     commit = writer.commit(shard, kept, dropped, rows_in=rows_in, schema=RAW)
-    return {"shard": commit.shard, "rows_in": commit.rows_in, "rows_out": commit.rows_out}
+    return {"shard": commit.shard, "collapsed": ""}
 
 
 def _stored(resized: Resized, sha256: str) -> dict[str, Any]:
