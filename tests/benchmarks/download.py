@@ -133,11 +133,11 @@ def their_pictures(output: Path) -> int:
 
 
 @contextmanager
-def web(folder: Path) -> Iterator[int]:
+def web(folder: Path, side: tuple[int, int] = SIDE) -> Iterator[int]:
     """The pictures, served by a process of its own; gives its port."""
     rng = np.random.default_rng(0)
     for number in range(PICTURES):
-        (folder / f"{number:03d}.jpg").write_bytes(jpeg(photo(*SIDE, rng)))
+        (folder / f"{number:03d}.jpg").write_bytes(jpeg(photo(*side, rng)))
     line = [sys.executable, "-c", SERVER, str(folder)]
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as server:
         try:
