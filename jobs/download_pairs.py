@@ -1,4 +1,7 @@
-"""Fetch the pictures of a URL list: urls → OUTPUT (raw dataset), a reason for every row lost."""
+"""Fetch the pictures of a URL list: urls → OUTPUT (raw dataset), a reason for every row lost.
+
+With ``--retry-of RAW`` fetch again what failed of a finished one, by cause: RAW → OUTPUT.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -7,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from jobs import runtime, shards
 from jobs.configs.download_pairs import PRESETS, DownloadPairsJob
-from pipelines.data.download import STAGE, commit_download
-from pipelines.data.stage import DatasetWriter
+from pipelines.data.causes import has_cause, parse_causes
+from pipelines.data.download import STAGE, commit_download, commit_retry, pack
+from pipelines.data.stage import DatasetWriter, Manifest
+from pipelines.data.storage import Location
+from pipelines.data.url_formats import UrlColumns
 from pipelines.data.urls import UrlList, read_url_list
 
 if TYPE_CHECKING:
@@ -21,7 +27,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def describe(job: DownloadPairsJob) -> list[str]:
     """The lines below the config of a dry run."""
-    urls = read_url_list(job.urls, rows_per_shard=job.download.rows_per_shard)
+    if job.retry_of is not None:
+        old = Manifest.load(job.retry_of, stage=STAGE)
+        causes = parse_causes(job.retry_failed)
+        again = sum(count for reason, count in old.dropped.items() if has_cause(reason, causes))
+        return [
+            f"fetch {again:,} of {sum(old.dropped.values()):,} dropped rows of {old.path} again",
+            f"in {len(old.shards):,} shards, of which {len(_retry_writer(job, old).pending()):,} "
+            "are missing",
+            f"write {job.output}",
+        ]
+    urls = _read_list(job)
     pending = len(_writer(job, urls).pending())
     return [
         f"fetch {urls.table.num_rows:,} pairs of {job.urls} ({urls.digest[:12]})",
@@ -32,15 +48,38 @@ def describe(job: DownloadPairsJob) -> list[str]:
 
 def download(job: DownloadPairsJob) -> dict[str, Any]:
     """Fetch what is missing."""
-    urls = read_url_list(job.urls, rows_per_shard=job.download.rows_per_shard)
+    if job.retry_of is not None:
+        return _retry(job, job.retry_of)
+    urls = _read_list(job)
     writer = _writer(job, urls)
 
     def graph(pending: list[str]) -> "Dataset":
-        rows = [{"shard": shard} | urls.shard(shard).to_pydict() for shard in pending]
+        rows = [{"shard": shard, "rows": pack(urls.shard(shard))} for shard in pending]
         work = partial(commit_download, writer=writer, config=job.download)
-        return shards.one_block_each(rows).map(work, num_cpus=job.cpus_per_shard)
+        return shards.one_block_each(rows).map(
+            work, num_cpus=shards.fitting_cpus(STAGE, job.cpus_per_shard)
+        )
 
     return shards.run_data_stage(job, writer, graph, parents={})
+
+
+def _retry(job: DownloadPairsJob, retry_of: Location) -> dict[str, Any]:
+    old = Manifest.load(retry_of, stage=STAGE)
+    writer = _retry_writer(job, old)
+
+    def graph(pending: list[str]) -> "Dataset":
+        causes = parse_causes(job.retry_failed)
+        work = partial(commit_retry, writer=writer, config=job.download, old=old, causes=causes)
+        return shards.one_block_each([{"shard": shard} for shard in pending]).map(
+            work, num_cpus=shards.fitting_cpus(STAGE, job.cpus_per_shard)
+        )
+
+    return shards.run_data_stage(job, writer, graph, parents={"raw": retry_of})
+
+
+def _read_list(job: DownloadPairsJob) -> UrlList:
+    columns = UrlColumns(url=job.url_column, caption=job.caption_column)
+    return read_url_list(job.urls, rows_per_shard=job.download.rows_per_shard, columns=columns)
 
 
 def _writer(job: DownloadPairsJob, urls: UrlList) -> DatasetWriter:
@@ -51,6 +90,25 @@ def _writer(job: DownloadPairsJob, urls: UrlList) -> DatasetWriter:
         inputs={"urls": urls.digest},
         sources={"urls": str(job.urls.resolve())},
         shards=urls.shard_ids,
+    )
+
+
+def _retry_writer(job: DownloadPairsJob, old: Manifest) -> DatasetWriter:
+    settings = job.download.identity()
+    if settings["resize"] != old.config["resize"]:
+        raise ValueError(
+            f"a retry must store pictures as {old.path} does, {old.config['resize']}, "
+            f"got {settings['resize']}"
+        )
+    # Its shards are the old ones, whatever rows_per_shard this preset has.
+    settings["rows_per_shard"] = old.config["rows_per_shard"]
+    return DatasetWriter(
+        path=job.output.resolve(),
+        stage=STAGE,
+        config=settings | {"retry_failed": list(parse_causes(job.retry_failed))},
+        inputs={"raw": old.digest},
+        sources={"raw": str(old.path.resolve())},
+        shards=[commit.shard for commit in old.shards],
     )
 
 

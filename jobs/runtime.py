@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from pipelines.data.collapse import NetworkCollapsed
 from pipelines.data.storage import Location, canonical_json, refuse_secrets
 
 if TYPE_CHECKING:
@@ -202,6 +203,9 @@ def _say(verb: str, error: BaseException) -> int:
     if isinstance(cause, (ValueError, FileNotFoundError, NotADirectoryError)):
         print(f"{verb}: {cause}", file=sys.stderr)
         return 2
+    if isinstance(cause, NetworkCollapsed):
+        print(f"{verb}: {cause}", file=sys.stderr)
+        return 1
     if isinstance(cause, OSError) and cause.errno in FULL:
         place = f" ({cause.filename})" if cause.filename else ""
         print(

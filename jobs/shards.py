@@ -12,6 +12,7 @@ from jobs import runtime
 from jobs.configs.job import Job
 from jobs.progress import Progress
 from pipelines.data import garbage, plan
+from pipelines.data.collapse import NetworkCollapsed
 from pipelines.data.report import lineage, write_report
 from pipelines.data.stage import DatasetWriter, Manifest
 from pipelines.data.storage import Location
@@ -77,6 +78,22 @@ def one_block_each(rows: list[dict[str, Any]]) -> "Dataset":
     return ray.data.from_items(rows, override_num_blocks=len(rows))
 
 
+def fitting_cpus(stage: str, asked: float) -> float:
+    """Processors for one task: what was asked for, or what the largest node has, and it is said.
+
+    Ray would wait for ever for a node that is large enough.
+    """
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    most = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
+    if most == 0:
+        raise ValueError(f"{stage} must have a node with a processor, the cluster has none")
+    if asked > most:
+        print(f"{stage}: a task is to have {asked:g} CPUs, but no node has more than {most:g}")
+    return float(min(asked, most))
+
+
 def _run(
     job: Job,
     writer: DatasetWriter,
@@ -130,7 +147,9 @@ def _run_directory(output: Location) -> Iterator[Path]:
 def _read_all(writer: DatasetWriter, graph: Graph, pending: list[str]) -> dict[str, float]:
     with Progress(writer.stage, len(writer.shards), "shards") as progress:
         progress.set(len(writer.shards) - len(pending))
-        for _ in graph(pending).iter_rows():
+        for row in graph(pending).iter_rows():
+            if row.get("collapsed"):
+                raise NetworkCollapsed(row["collapsed"])
             progress.advance()
     return {}
 

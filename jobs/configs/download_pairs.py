@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jobs.configs.job import DatasetPath, Job
+from pipelines.data.causes import parse_causes
+from pipelines.data.collapse import CollapseConfig
 from pipelines.data.download import DownloadConfig
 from pipelines.data.fetch import FetchConfig
 from pipelines.data.resize import ResizeConfig
@@ -15,16 +17,35 @@ class DownloadPairsJob(Job):
     """Fetch the pictures of a URL list. The defaults are for a list of the paper's size."""
 
     urls: Path = Path("runs/paper/urls.parquet")
-    """Parquet, CSV, TSV or JSON lines with the columns url and caption."""
+    """Parquet, CSV, TSV, JSON, JSON lines or text; a file, a directory or a "*" pattern.
+
+    TSV without a header may be caption TAB url, as Conceptual Captions has it; text is a URL a
+    line, with or without TAB caption."""
+    url_column: str = "url"
+    caption_column: str = "caption"
     output: DatasetPath = Location("runs/paper/raw")
     """Dataset directory to make; run the same line again to go on where it stopped."""
     download: DownloadConfig = field(default_factory=DownloadConfig)
+    retry_of: DatasetPath | None = None
+    """A finished download (instead of a list) of which what failed is fetched again.
+
+    It stays as it is: OUTPUT becomes a new dataset with its kept rows and those recovered.
+    "jobs.download_pairs paper --retry-of RAW --retry-failed dns,timeout,5xx --output RAW-2"."""
+    retry_failed: str = "dns,timeout,connection,429,5xx"
+    """With retry_of: the causes, among dns, timeout, connection, tls, 429, 4xx, 5xx, or a status
+    such as http_404."""
     cpus_per_shard: float = 1.0
     """Processors that Ray reserves for a shard; the cluster's number of them bounds the speed."""
 
     def __post_init__(self) -> None:
         if self.cpus_per_shard <= 0:
             raise ValueError(f"cpus_per_shard must be positive, got {self.cpus_per_shard}")
+        parse_causes(self.retry_failed)
+        if self.retry_of is not None and self.retry_of.resolve() == self.output.resolve():
+            raise ValueError(
+                f"output must be another directory than retry_of, got {self.output}: "
+                "a finished dataset never changes"
+            )
 
 
 PRESETS = {
@@ -35,6 +56,7 @@ PRESETS = {
             output=Location("runs/quickstart/raw"),
             download=DownloadConfig(
                 rows_per_shard=64,
+                collapse=CollapseConfig(window=32),
                 fetch=FetchConfig(allow_loopback=True, timeout_s=10),
                 # 12/8 x 64 px, as 384 is to the paper's 256; lossless, as small as a JPEG here.
                 resize=ResizeConfig(short_side=96, encoding="png"),

@@ -1,8 +1,7 @@
 """URL lists: the door through which pairs come in.
 
-A list is a Parquet, CSV, TSV or JSON-lines file with the columns `url` and `caption`. Its pairs are
-sorted by key and cut in shards, so that a shard is a function of the list's content: not of the
-list's order, its format or the time.
+The pairs of a list (see url_formats.py) are sorted by key and cut in shards, so that a shard is a
+function of the list's content: not of the list's order, its format or the time.
 """
 
 import hashlib
@@ -13,13 +12,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pa_csv
-import pyarrow.json as pa_json
-import pyarrow.parquet as pq
 
-COLUMNS = ("url", "caption")
+from pipelines.data.url_formats import UrlColumns, list_files, read_pairs
+
 KEY_HEX_DIGITS = 32
-FORMATS = (".parquet", ".csv", ".tsv", ".jsonl")
+DEFAULT_COLUMNS = UrlColumns()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +44,17 @@ class UrlList:
         return self.table.slice(int(shard_id) * self.rows_per_shard, self.rows_per_shard)
 
 
-def read_url_list(path: Path, *, rows_per_shard: int) -> UrlList:
-    """Read a list into memory (about 250 bytes a pair); raises ValueError if it is no URL list."""
+def read_url_list(
+    path: Path, *, rows_per_shard: int, columns: UrlColumns = DEFAULT_COLUMNS
+) -> UrlList:
+    """Read a file, all lists of a directory, or what a pattern names; ValueError if it is no list.
+
+    The driver holds the whole list, about 250 bytes a pair: ten million take 2.5 GB. Cut a longer
+    one, and download the parts into outputs of their own.
+    """
     if rows_per_shard < 1:
         raise ValueError(f"rows_per_shard must be at least 1, got {rows_per_shard}")
-    table = _read_columns(path)
+    table = pa.concat_tables([read_pairs(file, columns) for file in list_files(path)])
     if table.num_rows == 0:
         raise ValueError(f"{path} must hold at least one pair, got none")
     table = table.add_column(0, "key", pa.array(_keys(table), pa.string()))
@@ -72,50 +75,3 @@ def _keys(table: pa.Table) -> Iterable[str]:
         urls, captions = batch["url"].to_pylist(), batch["caption"].to_pylist()
         pairs = zip(urls, captions, strict=True)
         yield from (pair_key(str(url), str(caption)) for url, caption in pairs)
-
-
-def _read_columns(path: Path) -> pa.Table:
-    if not path.is_file():
-        raise ValueError(f"the URL list must be a file, but there is none at {path}")
-    try:
-        table = _read_file(path)
-    except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
-        raise ValueError(f"{path} must be a readable {path.suffix} URL list: {error}") from error
-    missing = [name for name in COLUMNS if name not in table.column_names]
-    if missing:
-        raise ValueError(
-            f"{path} must have the columns url and caption, but {' and '.join(missing)} "
-            f"is missing; it has {', '.join(table.column_names) or 'none'}"
-        )
-    return pa.table({name: _as_text(table, name, path) for name in COLUMNS})
-
-
-def _as_text(table: pa.Table, name: str, path: Path) -> Any:
-    """A column as strings. A row without a URL or a caption is a bad row, dropped later, and no
-    reason to refuse the list: nothing becomes the empty string."""
-    try:
-        return pc.fill_null(table[name].cast(pa.string()), pa.scalar(""))
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise ValueError(
-            f"{path} must have text in the column {name}, got {table[name].type}"
-        ) from error
-
-
-def _read_file(path: Path) -> pa.Table:
-    match path.suffix:
-        case ".parquet":
-            names = pq.read_schema(path).names
-            return pq.read_table(path, columns=[name for name in COLUMNS if name in names] or None)
-        case ".csv" | ".tsv":
-            return pa_csv.read_csv(
-                path,
-                parse_options=pa_csv.ParseOptions(
-                    delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True
-                ),
-                convert_options=pa_csv.ConvertOptions(
-                    column_types={name: pa.string() for name in COLUMNS}
-                ),
-            )
-        case ".jsonl":
-            return pa_json.read_json(path)
-    raise ValueError(f"{path} must end in one of {', '.join(FORMATS)}, got {path.suffix!r}")

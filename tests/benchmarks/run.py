@@ -17,7 +17,16 @@ import torch
 import tyro
 
 from pipelines.data.storage import replace_file
-from tests.benchmarks import captions, encode_pairs, encoder, pictures, prior, sampling, tokens
+from tests.benchmarks import (
+    captions,
+    download,
+    encode_pairs,
+    encoder,
+    pictures,
+    prior,
+    sampling,
+    tokens,
+)
 from tests.benchmarks.measure import Effort, MissingPeer, Row
 
 TOPICS: dict[str, Callable[[Effort], list[Row]]] = {
@@ -28,6 +37,7 @@ TOPICS: dict[str, Callable[[Effort], list[Row]]] = {
 }
 # Minutes, on a real Ray or with peers that `make peers` has no part in: run when they are named.
 ON_DEMAND: dict[str, Callable[[Effort], list[Row]]] = {
+    "download": download.rows,
     "encode-pairs": encode_pairs.rows,
     "prior": prior.rows,
     "sampling": sampling.rows,
@@ -39,7 +49,7 @@ class Bench:
     """Compare parts of manray with their peers, side by side in one run."""
 
     topics: tuple[str, ...] = tuple(TOPICS)
-    """Which to run; encode-pairs, prior and sampling take minutes: only if they are named."""
+    """Which to run; download, encode-pairs, prior and sampling take minutes: only if named."""
     output: Path = Path("runs/bench")
     """Directory for TOPIC.json; an older one of the same topic is replaced."""
     effort: Effort = field(default_factory=Effort)

@@ -1,118 +1,23 @@
 """The guarded fetch against a real server that misbehaves."""
 
+import socket
+import ssl
+import subprocess
 import threading
-from collections import Counter
+import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import pytest
 
+from pipelines.data.causes import has_cause, parse_causes, retry_after_seconds
 from pipelines.data.fetch import FetchConfig, Fetched, fetch_all
+from tests.fixtures.evil_web import EvilServer
 
 TRIAL = FetchConfig(allow_loopback=True, timeout_s=5, retries=1, backoff_s=0.01, max_bytes=100_000)
 PUBLIC = FetchConfig(timeout_s=5, retries=0)
-
-
-class EvilServer(ThreadingHTTPServer):
-    """Answers by path; counts what was asked; `done` ends the slow answers."""
-
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.asked: Counter[str] = Counter()
-        self.done = threading.Event()
-
-    def url(self, path: str, host: str = "127.0.0.1") -> str:
-        return f"http://{host}:{self.server_address[1]}{path}"
-
-
-class Answer(BaseHTTPRequestHandler):
-    server: EvilServer
-
-    def do_GET(self) -> None:
-        self.server.asked[self.path] += 1
-        name = self.path.partition("?")[0].strip("/").replace("-", "_")
-        getattr(self, f"answer_{name}", self.answer_missing)()
-
-    def send(self, status: int = 200, body: bytes = b"picture", **headers: str) -> None:
-        self.send_response(status)
-        for header, value in headers.items():
-            self.send_header(header.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def answer_good(self) -> None:
-        self.send()
-
-    def answer_missing(self) -> None:
-        self.send(404)
-
-    def answer_broken(self) -> None:
-        self.send(503)
-
-    def answer_recovers(self) -> None:
-        self.send(503 if self.server.asked[self.path] == 1 else 200)
-
-    def answer_empty(self) -> None:
-        self.send(body=b"")
-
-    def answer_to(self) -> None:
-        """/to?TARGET redirects there."""
-        self.send(302, Location=unquote(self.path.partition("?")[2]))
-
-    def answer_loop(self) -> None:
-        self.send(301, Location="/loop")
-
-    def answer_nowhere(self) -> None:
-        self.send(302)
-
-    def answer_opted_out(self) -> None:
-        self.send(X_Robots_Tag="nofollow, NoImageAI")
-
-    def answer_other_agent(self) -> None:
-        self.send(X_Robots_Tag="otherbot: noai")
-
-    def answer_this_agent(self) -> None:
-        self.send(X_Robots_Tag="manray: noai")
-
-    def answer_large(self) -> None:
-        self.send(body=b"x" * 100_001)
-
-    def answer_endless(self) -> None:
-        """No length is announced, and it never stops."""
-        self.send_response(200)
-        self.end_headers()
-        try:
-            while not self.server.done.is_set():
-                self.wfile.write(b"x" * 10_000)
-        except ConnectionError:
-            pass
-
-    def answer_drip(self) -> None:
-        """A byte now and then, so that no single read ever times out."""
-        self.send_response(200)
-        self.send_header("Content-Length", "100000")
-        self.end_headers()
-        try:
-            while not self.server.done.wait(0.05):
-                self.wfile.write(b"x")
-                self.wfile.flush()
-        except ConnectionError:
-            pass
-
-    def answer_hangs_up(self) -> None:
-        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nshort")
-
-    def answer_no_http(self) -> None:
-        self.wfile.write(b"SSH-2.0-OpenSSH_9.9\r\n")
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
 
 
 @pytest.fixture
@@ -174,7 +79,7 @@ def test_a_slow_drip_ends_at_the_deadline_and_is_tried_again_once(server: EvilSe
     assert server.asked["/drip"] == 2
 
 
-def test_only_server_faults_and_timeouts_are_tried_again(server: EvilServer) -> None:
+def test_only_what_may_pass_is_tried_again(server: EvilServer) -> None:
     for path in ("/broken", "/none", "/large", "/opted-out"):
         fetch(server.url(path))
     assert server.asked == {"/broken": 2, "/none": 1, "/large": 1, "/opted-out": 1}
@@ -288,7 +193,100 @@ def test_answers_come_in_the_order_of_the_urls_whatever_is_slow(server: EvilServ
     assert ["lost" if fetched.reason else "" for fetched in found] == expected
 
 
-@pytest.mark.parametrize("field", ["timeout_s", "max_bytes", "concurrency", "per_host"])
+def test_a_wait_that_the_host_asks_for_is_kept_if_the_total_allows(server: EvilServer) -> None:
+    started = time.monotonic()
+    assert fetch(server.url("/later?1")).body == b"picture"
+    assert time.monotonic() - started >= 1
+    started = time.monotonic()
+    assert fetch(server.url("/later?3600")).reason == "http_429"
+    assert time.monotonic() - started < 1
+    assert server.asked == {"/later?1": 2, "/later?3600": 1}
+
+
+def test_the_total_time_of_a_url_is_bounded_whatever_its_tries(server: EvilServer) -> None:
+    config = FetchConfig(allow_loopback=True, timeout_s=0.3, total_s=0.7, retries=50, backoff_s=0)
+    assert fetch(server.url("/drip"), config).reason == "timeout"
+    assert 2 <= server.asked["/drip"] <= 4
+
+
+def test_a_host_that_many_redirects_lead_to_is_asked_by_few_at_once(server: EvilServer) -> None:
+    config = replace(TRIAL, per_host=2)
+    targets = [server.url(f"/busy?{n}") for n in range(8)]
+    urls = [server.url(f"/to?{url}", host=f"host-{n}.example") for n, url in enumerate(targets)]
+
+    async def resolve(host: str, port: int) -> list[str]:
+        return ["127.0.0.1"]
+
+    found = fetch_all(urls, config, lambda fetched: fetched, resolve)
+    assert [fetched.reason for fetched in found] == [""] * 8
+    assert server.most_at_once <= 2
+
+
+@pytest.mark.parametrize(
+    ("errno", "reason", "asked"),
+    [(socket.EAI_AGAIN, "dns_failed", 2), (socket.EAI_NONAME, "unknown_host", 1)],
+)
+def test_a_resolver_that_is_busy_is_asked_again_a_missing_name_is_not(
+    errno: int, reason: str, asked: int
+) -> None:
+    calls = []
+
+    async def resolve(host: str, port: int) -> list[str]:
+        calls.append(host)
+        raise socket.gaierror(errno, "no")
+
+    (fetched,) = fetch_all(["http://a.example/"], TRIAL, lambda fetched: fetched, resolve)
+    assert (fetched.reason, len(calls)) == (reason, asked)
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    make = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=localhost",
+    ]
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*make, *files], check=True, capture_output=True)
+    context.load_cert_chain(certificate, key)
+    with EvilServer() as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = server.url("/good").replace("http://", "https://")
+        assert fetch(url).reason == "tls_failed"
+        server.shutdown()
+    assert not server.asked
+
+
+@pytest.mark.parametrize("header", ["", "soon", "-5", "Wed, 99 Foo", "9" * 40, "\x00"])
+def test_a_retry_after_that_says_nothing_is_nothing(header: str) -> None:
+    assert retry_after_seconds(header) == 0
+
+
+def test_a_retry_after_may_be_a_date() -> None:
+    assert retry_after_seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert retry_after_seconds("Fri, 21 Oct 2155 07:28:00 GMT") > 1e9
+
+
+def test_causes_are_named_as_people_name_them() -> None:
+    assert parse_causes("timeout, 5xx,dns") == ("5xx", "dns", "timeout")
+    assert has_cause("http_503", ["5xx"])
+    assert has_cause("http_404", ["http_404"])
+    assert not has_cause("http_404", ["5xx", "timeout", "http_403"])
+    for text in ("", "dsn", "dns,.*"):
+        with pytest.raises(ValueError, match="retry_failed must name"):
+            parse_causes(text)
+
+
+@pytest.mark.parametrize("field", ["timeout_s", "total_s", "max_bytes", "concurrency", "per_host"])
 def test_a_setting_of_nothing_is_refused(field: str) -> None:
     settings: dict[str, Any] = {field: 0}
     with pytest.raises(ValueError, match=f"{field} must be positive, got 0"):
