@@ -31,7 +31,18 @@ def describe(job: EncodePairsJob) -> list[str]:
         f"in {len(plan.writer.shards):,} shards, of which {len(pending):,} are missing",
         f"with {job.decoders} decoder(s) and {job.encoders} encoder(s) {where[job.device]}",
         f"write {job.output}: {plan.token_bytes(pending):,} bytes of codes, and captions",
+        *_expected(plan),
     ]
+
+
+def _expected(plan: EncodingPlan) -> list[str]:
+    if not plan.filtered.rows_out:
+        return []
+    found = estimates.estimate(
+        estimates.sample_of(plan.filtered), plan.filtered.rows_out, partial(encode_sample, plan)
+    )
+    measured = "the model on this machine's processor as measured just now (a GPU is faster)"
+    return estimates.lines(found, shards=len(plan.writer.shards), measured=measured)
 
 
 def encode(job: EncodePairsJob) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The data report as a reader has it: in a real browser, light, dark and on a phone."""
 
 import io
+import itertools
 from pathlib import Path
 
 import pyarrow as pa
@@ -79,7 +80,7 @@ def test_a_browser_shows_every_picture_and_runs_and_loads_nothing(
     assert overflow <= 0
     assert nameless == 0
     assert levels[0] == 1
-    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
     assert (ground == "rgb(18, 22, 31)") == dark
     assert seen.requests == [page.resolve().as_uri()]
     assert seen.complaints == []

@@ -1,0 +1,27 @@
+"""What jobs.export_webdataset can be told."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.configs.job import Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportWebdatasetJob(Job):
+    """Write filtered pairs or token shards as WebDataset tars, one for each shard."""
+
+    dataset: Path = Path("runs/paper/filtered")
+    """Dataset made by jobs.filter_pairs or jobs.encode_pairs."""
+    output: Path = Path("runs/paper/webdataset")
+    """Directory to make; run the same line again to go on where it stopped."""
+
+
+PRESETS = {
+    "tiny": (
+        "the quickstart's filtered pairs",
+        ExportWebdatasetJob(
+            dataset=Path("runs/quickstart/filtered"), output=Path("runs/quickstart/webdataset")
+        ),
+    ),
+    "paper": ("the filtered pairs of a paper-sized run", ExportWebdatasetJob()),
+}
