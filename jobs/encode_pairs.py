@@ -2,13 +2,16 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from jobs import runtime, shards
 from jobs.configs.encode_pairs import PRESETS, EncodePairsJob
 from jobs.encoding_actors import encode_shards
-from pipelines.data.encoding import STAGE, EncodingPlan, plan_encoding
+from pipelines.data import estimates
+from pipelines.data.encoding import STAGE, TOKEN_BYTES, EncodingPlan, plan_encoding
+from pipelines.data.picture_blocks import cut_sample
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,11 +41,17 @@ def describe(job: EncodePairsJob) -> list[str]:
 def _expected(plan: EncodingPlan) -> list[str]:
     if not plan.filtered.rows_out:
         return []
-    found = estimates.estimate(
-        estimates.sample_of(plan.filtered), plan.filtered.rows_out, partial(encode_sample, plan)
+    # One crop each: a picture that is unusable loses all of its crops.
+    one, side = replace(plan.config, crops_per_picture=1), plan.model.image_size
+    rows = sum(plan.rows_in.values())
+    sample = estimates.sample_of(plan.filtered)
+    found = estimates.estimate(sample, rows, lambda some: cut_sample(some, one, side))
+    return estimates.lines(
+        found,
+        shards=len(plan.writer.shards),
+        measured="a decoder's, measured here just now; encoders are not: they are the cluster's",
+        more_bytes=plan.model.grid**2 * TOKEN_BYTES,
     )
-    measured = "the model on this machine's processor as measured just now (a GPU is faster)"
-    return estimates.lines(found, shards=len(plan.writer.shards), measured=measured)
 
 
 def encode(job: EncodePairsJob) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What a data stage will give, from a sample of its input: the figures of ``--dry-run``.
 
-The sample is the first rows of shards spread over the input. A shard's rows stand in the order of a
-hash, so these are drawn at random, and the same ones every time. Ranges are 95 % intervals: Wilson's
-for proportions, the normal one for means (its 1.96). They know nothing of rows that differ by shard.
+The sample is the first rows of shards spread over the input. A shard's rows stand in the order of
+a hash, so these are drawn at random, and the same ones every time. Ranges are 95 % intervals:
+Wilson's for proportions, the normal one for means. They know nothing of rows that differ by shard.
 """
 
 import math
@@ -20,7 +20,7 @@ Z = 1.96  # 95 %
 SAMPLE_ROWS = 400
 SIZES = {"PB": 1e15, "TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
 
-# One input row's table → (kept, dropped), as a stage's own function does it.
+# Some input rows → (kept, dropped), as the stage's own function has it.
 Stage = Callable[[pa.Table], tuple[pa.Table, pa.Table]]
 
 
@@ -105,15 +105,20 @@ def sample_of(manifest: Manifest, rows: int = SAMPLE_ROWS) -> pa.Table:
     return pa.Table.from_pylist(found[:rows]) if found else pa.table({})
 
 
-def lines(found: Estimate, *, shards: int, measured: str) -> list[str]:
-    """The estimate in words; `measured` says what the time was measured on."""
+def lines(found: Estimate, *, shards: int, measured: str, more_bytes: int = 0) -> list[str]:
+    """The estimate in words; `measured` says what the time was measured on.
+
+    `more_bytes` come with every kept row and were not in the sample's tables.
+    """
+    held, more = found.bytes_kept, found.kept.times(more_bytes)
+    held = Range(held.low + more.low, held.middle + more.middle, held.high + more.high)
     hours = found.core_seconds / 3600
     exact = "the whole" if found.sample >= found.total else f"{found.sample:,} sampled"
     return [
         f"expected of {found.total:,} rows, from {exact} (95 % intervals):",
         f"  kept: {_count(found.kept)}",
         *(f"  dropped as {reason}: {_count(rows)}" for reason, rows in found.dropped.items()),
-        f"  in {shards:,} shards, {_bytes(found.bytes_kept)} before compression",
+        f"  in {shards:,} shards, {_bytes(held)} before compression",
         f"  {hours:.2g} hours of one process, {measured}",
     ]
 
