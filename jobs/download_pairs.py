@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from jobs import runtime, shards
 from jobs.configs.download_pairs import PRESETS, DownloadPairsJob
+from pipelines.data import estimates
 from pipelines.data.causes import has_cause, parse_causes
-from pipelines.data.download import STAGE, commit_download, commit_retry, pack
+from pipelines.data.download import STAGE, commit_download, commit_retry, download_shard, pack
 from pipelines.data.stage import DatasetWriter, Manifest
 from pipelines.data.storage import Location
 from pipelines.data.url_formats import UrlColumns
@@ -43,7 +44,20 @@ def describe(job: DownloadPairsJob) -> list[str]:
         f"fetch {urls.table.num_rows:,} pairs of {job.urls} ({urls.digest[:12]})",
         f"in {len(urls.shard_ids):,} shards, of which {pending:,} are missing",
         f"write {job.output}",
+        *_expected(job, urls),
     ]
+
+
+def _expected(job: DownloadPairsJob, urls: UrlList) -> list[str]:
+    if not job.dry_run_sample:
+        return ["for an estimate of what is lost and how long it takes: --dry-run-sample 200"]
+    found = estimates.estimate(
+        urls.table.slice(0, job.dry_run_sample),  # in the order of a hash: drawn at random
+        urls.table.num_rows,
+        lambda rows: download_shard(rows, job.download),
+    )
+    measured = f"as measured here just now, {job.download.fetch.concurrency} at once"
+    return estimates.lines(found, shards=len(urls.shard_ids), measured=measured)
 
 
 def download(job: DownloadPairsJob) -> dict[str, Any]:

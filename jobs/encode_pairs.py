@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 from jobs import runtime, shards
 from jobs.configs.encode_pairs import PRESETS, EncodePairsJob
 from jobs.encoding_actors import encode_shards
-from pipelines.data.encoding import STAGE, EncodingPlan, plan_encoding
+from pipelines.data import estimates
+from pipelines.data.encoding import STAGE, TOKEN_BYTES, EncodingPlan, plan_encoding
+from pipelines.data.picture_blocks import cut_sample
 from pipelines.data.storage import Location
 
 
@@ -33,7 +36,24 @@ def describe(job: EncodePairsJob) -> list[str]:
         f"in {len(plan.writer.shards):,} shards, of which {len(pending):,} are missing",
         f"with {job.decoders} decoder(s) and {job.encoders} encoder(s) {where[job.device]}",
         f"write {job.output}: {plan.token_bytes(pending):,} bytes of codes, and captions",
+        *_expected(plan),
     ]
+
+
+def _expected(plan: EncodingPlan) -> list[str]:
+    if not plan.filtered.rows_out:
+        return []
+    # One crop each: a picture that is unusable loses all of its crops.
+    one, side = replace(plan.config, crops_per_picture=1), plan.model.image_size
+    rows = sum(plan.rows_in.values())
+    sample = estimates.sample_of(plan.filtered)
+    found = estimates.estimate(sample, rows, lambda some: cut_sample(some, one, side))
+    return estimates.lines(
+        found,
+        shards=len(plan.writer.shards),
+        measured="a decoder's, measured here just now; encoders are not: they are the cluster's",
+        more_bytes=plan.model.grid**2 * TOKEN_BYTES,
+    )
 
 
 def encode(job: EncodePairsJob) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class DownloadPairsJob(Job):
     such as http_404."""
     cpus_per_shard: float = 1.0
     """Processors that Ray reserves for a shard; the cluster's number of them bounds the speed."""
+    dry_run_sample: int = 0
+    """Pairs that --dry-run may fetch, to estimate the rest; by default it asks nobody anything."""
 
     def __post_init__(self) -> None:
         if self.cpus_per_shard <= 0:
@@ -46,6 +48,8 @@ class DownloadPairsJob(Job):
                 f"output must be another directory than retry_of, got {self.output}: "
                 "a finished dataset never changes"
             )
+        if self.dry_run_sample < 0:
+            raise ValueError(f"dry_run_sample must be at least 0, got {self.dry_run_sample}")
 
 
 PRESETS = {

@@ -65,8 +65,26 @@ def picture_blocks(
     shard: str, file: Path | Location, config: EncodingConfig, image_size: int
 ) -> Iterator[pa.Table]:
     """The blocks of a shard, in order; every one but the last holds `batch_samples` squares."""
+    yield from _blocks(shard, _read_pairs(file), config, image_size)
+
+
+def cut_sample(
+    rows: pa.Table, config: EncodingConfig, image_size: int
+) -> tuple[pa.Table, pa.Table]:
+    """What becomes of some rows, as (KEPT, DROPPED) tables; their squares are thrown away."""
+    kept: list[dict[str, Any]] = []
+    dropped: list[dict[str, Any]] = []
+    for block in _blocks("sample", iter(rows.to_pylist()), config, image_size):
+        kept += block["kept"][0].as_py()
+        dropped += block["dropped"][0].as_py()
+    return pa.Table.from_pylist(kept, schema=KEPT), pa.Table.from_pylist(dropped, schema=DROPPED)
+
+
+def _blocks(
+    shard: str, pairs: Iterator[dict[str, Any]], config: EncodingConfig, image_size: int
+) -> Iterator[pa.Table]:
     block = _Block(shard, 0, config.batch_samples, image_size)
-    for pair in _read_pairs(file):
+    for pair in pairs:
         try:
             crops = _crops(pair["key"], pair["image"], image_size, config)
         except UnusablePicture as error:

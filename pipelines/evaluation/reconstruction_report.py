@@ -1,22 +1,17 @@
 """The page of a stage-one model: its figures, how it uses its codes, the pictures it fails on.
 
-Captions are written by strangers: everything is escaped, nothing is loaded from anywhere, no script
-runs, and pictures are encoded anew into the page.
+See `pipelines/data/page.py` for what keeps a stranger's caption from being more than text.
 """
 
-import base64
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from PIL import Image
 
-from pipelines.data.storage import replace_file
+from pipelines.data.page import inline_picture, short, write_page
 from pipelines.evaluation.frechet import NAME as FD
 from pipelines.evaluation.frechet import WIDTH
 from pipelines.evaluation.reconstruction import GROUPS, Judgement, Shown
@@ -24,8 +19,8 @@ from pipelines.sampling.grid import captioned_rows
 
 TEMPLATE = "reconstruction_report.html"
 LARGEST_SIDE = 256  # of a picture in the page
+QUALITY = 85
 SMALLEST_SHARP_SIDE = 128  # smaller ones are magnified with their pixels visible
-MAX_TEXT = 300
 MAGNIFIED = 4  # differences are small numbers
 GRID_ROWS = 5  # of each group in the grid
 CHART_WIDTH, CHART_HEIGHT = 480.0, 240.0
@@ -86,22 +81,18 @@ def write_report(
     path: Path, judgement: Judgement, *, title: str, facts: dict[str, str], training_beta: float
 ) -> None:
     """Write the page; `facts` (what was judged, with what) are shown at its end."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.get_template(TEMPLATE).render(
-        title=title,
-        facts=facts,
-        judgement=judgement,
-        vocab_size=len(judgement.code_counts),
-        rows=[_table_row(row, judgement, training_beta) for row in EXPLAINED],
-        notes=notes(judgement),
-        chart=_rank_frequency(judgement.code_counts),
-        groups=[(group, [_tile(shown) for shown in judgement.shown[group]]) for group in GROUPS],
-        magnified=MAGNIFIED,
-    )
-    replace_file(path, page.encode())
+    content = {
+        "title": title,
+        "facts": facts,
+        "judgement": judgement,
+        "vocab_size": len(judgement.code_counts),
+        "rows": [_table_row(row, judgement, training_beta) for row in EXPLAINED],
+        "notes": notes(judgement),
+        "chart": _rank_frequency(judgement.code_counts),
+        "groups": [(group, [_tile(shown) for shown in judgement.shown[group]]) for group in GROUPS],
+        "magnified": MAGNIFIED,
+    }
+    write_page(path, Path(__file__).parent / TEMPLATE, content)
 
 
 def notes(judgement: Judgement) -> list[str]:
@@ -153,24 +144,15 @@ def _table_row(row: Explained, judgement: Judgement, training_beta: float) -> di
 
 
 def _tile(shown: Shown) -> dict[str, Any]:
-    caption = shown.original.caption
+    box = (LARGEST_SIDE, LARGEST_SIDE)
     return {
-        "caption": caption if len(caption) <= MAX_TEXT else f"{caption[:MAX_TEXT]}…",
+        "caption": short(shown.original.caption),
         "key": shown.original.key,
         "psnr": f"{shown.psnr:.2f}",
         "ssim": f"{shown.ssim:.3f}",
         "sharp": shown.made.shape[0] < SMALLEST_SHARP_SIDE,
-        "images": [_inline(picture) for picture in _triple(shown)],
+        "images": [inline_picture(picture, box, QUALITY) for picture in _triple(shown)],
     }
-
-
-def _inline(pixels: np.ndarray) -> str:
-    """A data: URI of a picture."""
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=85)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _rank_frequency(code_counts: Sequence[int]) -> dict[str, Any]:
