@@ -30,7 +30,7 @@ def run_data_stage(
     job: Job, writer: DatasetWriter, graph: Graph, *, parents: Mapping[str, Path]
 ) -> dict[str, Any]:
     """`run_stage` for a graph whose workers commit the shards themselves."""
-    return run_stage(job, writer, partial(_read_all, writer, graph), parents=parents)
+    return run_stage(job, writer, partial(read_all, writer, graph), parents=parents)
 
 
 def run_stage(
@@ -97,7 +97,8 @@ def _run(
         return manifest, figures
 
 
-def _read_all(writer: DatasetWriter, graph: Graph, pending: list[str]) -> dict[str, float]:
+def read_all(writer: DatasetWriter, graph: Graph, pending: list[str]) -> dict[str, float]:
+    """Have a graph commit the pending shards, and show how far it is."""
     with Progress(writer.stage, len(writer.shards), "shards") as progress:
         progress.set(len(writer.shards) - len(pending))
         for _ in graph(pending).iter_rows():

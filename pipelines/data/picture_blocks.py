@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 from pipelines.data.crops import Crop, random_crop
 from pipelines.data.decode import UnusablePicture, decode_picture
 from pipelines.data.encoding_config import EncodingConfig
-from pipelines.data.schema import DROPPED
+from pipelines.data.schema import DROPPED, SPLIT
+from pipelines.data.split import check_column
 
-INPUT_COLUMNS = ["key", "url", "caption", "image"]
+INPUT_COLUMNS = ["key", "url", "caption", "image", "split"]
 READ_ROWS = 64
 """Pictures that are read at once: a whole shard of them may not fit in memory."""
 READ_BYTES = 1 << 20
@@ -31,6 +32,7 @@ KEPT = pa.schema(
         pa.field("crop_size", pa.int32(), nullable=False),
         pa.field("crop_left", pa.int32(), nullable=False),
         pa.field("crop_top", pa.int32(), nullable=False),
+        SPLIT,
     ]
 )
 
@@ -97,7 +99,7 @@ class _Block:
     def add(self, square: np.ndarray, pair: dict[str, Any], crop: Crop) -> None:
         self.pixels[len(self.kept)] = square
         where = {"crop_size": crop.size, "crop_left": crop.left, "crop_top": crop.top}
-        self.kept.append({"key": pair["key"], "caption": pair["caption"], **where})
+        self.kept.append({name: pair[name] for name in ("key", "caption", "split")} | where)
 
     def table(self, *, last: bool) -> pa.Table:
         pixels = self.pixels[: len(self.kept)]
@@ -117,6 +119,7 @@ class _Block:
 def _read_pairs(file: Path) -> Iterator[dict[str, Any]]:
     try:
         with pq.ParquetFile(file, buffer_size=READ_BYTES) as parquet:
+            check_column(parquet.schema_arrow, str(file))
             for batch in parquet.iter_batches(READ_ROWS, columns=INPUT_COLUMNS, use_threads=False):
                 yield from batch.to_pylist()
     except (pa.ArrowInvalid, FileNotFoundError) as error:
