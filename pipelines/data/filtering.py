@@ -43,8 +43,8 @@ def fingerprint_shard(
         broken: dict[int, UnusablePicture] = {}
         for row in np.flatnonzero(passed.to_numpy(zero_copy_only=False)).tolist():
             try:
-                six = picture_hashes(decode_picture(images[row].as_py()))
-                hashes[row] = None if six is None else six.tobytes()
+                ten = picture_hashes(decode_picture(images[row].as_py()))
+                hashes[row] = None if ten is None else ten.tobytes()
             except UnusablePicture as error:
                 broken[row] = error
         reasons, details = _also(reasons, details, broken)

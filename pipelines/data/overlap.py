@@ -62,14 +62,14 @@ def read_evaluation(path: str) -> Evaluation:
     for name, data in _pictures(Path(path)) if path else ():
         digest.update(hashlib.sha256(data).digest())
         try:
-            six = picture_hashes(decode_picture(data))
+            ten = picture_hashes(decode_picture(data))
         except UnusablePicture as error:
             raise ValueError(f"{path}: picture {name} is {error}: repair or remove it") from error
-        if six is None:
+        if ten is None:
             flat.append(name)
         else:
             names.append(name)
-            hashes.append(six)
+            hashes.append(ten)
     if path and not names:
         raise ValueError(f"{path} must hold pictures with contrast, got {len(flat)} without")
     stacked = np.stack(hashes) if hashes else np.empty((0, HASHES, WORDS), np.uint64)

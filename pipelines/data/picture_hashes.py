@@ -2,8 +2,9 @@
 
 A hash says of each of the 256 lowest frequencies of a picture's brightness (16 × 16 of a discrete
 cosine transform of 64 × 64, without the constant ones) whether it is above their median. Trimming
-moves all of them, so a picture has six hashes: of itself, and of itself trimmed by 4 % at each of
-its corners and all around. Two pictures are alike if a hash of one is near the other's own.
+moves all of them, so a picture has ten hashes: of itself, and of itself trimmed by 4 % in each
+direction, at one side, at the other or at both. Two pictures are alike if a hash of one is near
+the other's own.
 
 All sums are of whole numbers that float64 holds exactly, so their order, and with it the processor,
 changes nothing.
@@ -19,12 +20,12 @@ TRIM = 5
 HASHED = 64
 FREQUENCIES = 16
 WORDS = FREQUENCIES**2 // 64
-HASHES = 6
+HASHES = 10
 HASH_BITS = 64 * WORDS
 FLAT = 4.0
 """Of 255, standard deviation of the brightness: below it, the bits are the compression's noise."""
 
-_CORNERS = ((0, 0), (0, TRIM), (TRIM, 0), (TRIM, TRIM), (TRIM // 2, TRIM // 2))
+_CORNERS = tuple((top, left) for top in (0, TRIM // 2, TRIM) for left in (0, TRIM // 2, TRIM))
 _STEPS = np.arange(1, FREQUENCIES + 1)[:, None] * (2 * np.arange(HASHED) + 1)[None]
 _BASIS = np.rint(1024 * np.cos(np.pi * _STEPS / (2 * HASHED)))
 

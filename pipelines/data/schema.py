@@ -27,7 +27,7 @@ FINGERPRINTS = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
         pa.field("content", pa.binary(16), nullable=False),  # the first half of RAW's sha256
-        pa.field("hashes", pa.binary(192)),  # of the picture, see picture_hashes; null: no contrast
+        pa.field("hashes", pa.binary(320)),  # of the picture, see picture_hashes; null: no contrast
     ]
 )
 

@@ -17,12 +17,13 @@ import torch
 import tyro
 
 from pipelines.data.storage import replace_file
-from tests.benchmarks import captions, encode_pairs, encoder, pictures, sampling, tokens
+from tests.benchmarks import captions, encode_pairs, encoder, filtering, pictures, sampling, tokens
 from tests.benchmarks.measure import Effort, MissingPeer, Row
 
 TOPICS: dict[str, Callable[[Effort], list[Row]]] = {
     "captions": captions.rows,
     "encoder": encoder.rows,
+    "filtering": filtering.rows,
     "pictures": pictures.rows,
     "tokens": tokens.rows,
 }

@@ -15,7 +15,7 @@ from pipelines.data.filtering import FINGERPRINTS_STAGE, filter_shard, fingerpri
 from pipelines.data.near_duplicates import SURE_DISTANCE, Clusters, HashIndex, bands
 from pipelines.data.overlap import OverlapConfig, read_evaluation
 from pipelines.data.picture_groups import DECISIONS, Groups, NearDuplicatesConfig, find_groups
-from pipelines.data.picture_hashes import HASH_BITS, WORDS, distances, picture_hashes
+from pipelines.data.picture_hashes import HASH_BITS, HASHES, WORDS, distances, picture_hashes
 from pipelines.data.row_rules import RowRulesConfig
 from pipelines.data.schema import FINGERPRINTS, RAW
 from pipelines.data.stage import Manifest
@@ -26,12 +26,20 @@ RULES = RowRulesConfig(min_side=64)
 
 
 def scene(seed: int, width: int = 200, height: int = 150) -> Image.Image:
-    """Smooth colours and some ellipses: like a photograph in its frequencies."""
+    """Random colours whose contrast falls as their frequency rises, as photographs' does."""
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-    fine = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
-    layers = [layer.resize((width, height), Image.Resampling.BICUBIC) for layer in (coarse, fine)]
-    return Image.blend(*layers, 0.3)
+    total = np.full((height, width, 3), 128.0)
+    for cells in (3, 6, 12, 24, 48):
+        coarse = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+        layer = coarse.resize((width, height), Image.Resampling.BICUBIC)
+        total += (np.asarray(layer) - 128.0) * 3 / cells
+    return Image.fromarray(np.clip(total, 0, 255).astype(np.uint8))
+
+
+def hashes_of(picture: Image.Image) -> np.ndarray:
+    hashes = picture_hashes(np.asarray(picture))
+    assert hashes is not None
+    return hashes
 
 
 def jpeg(picture: Image.Image, quality: int = 92) -> bytes:
@@ -142,15 +150,15 @@ def test_clusters_are_the_connected_rows_whatever_the_order_of_the_pairs() -> No
 @pytest.mark.parametrize("name", ALTERED)
 def test_altered_copies_are_near_and_other_pictures_are_not(name: str) -> None:
     scenes = [scene(seed) for seed in range(24)]
-    hashes = np.stack([picture_hashes(np.asarray(picture)) for picture in scenes])
+    hashes = np.stack([hashes_of(picture) for picture in scenes])
     index = HashIndex(hashes[:, 0], NEAR.max_distance)
-    missed = 0
     for number, picture in enumerate(scenes):
-        copy = picture_hashes(np.asarray(ALTERED[name](picture).convert("RGB")))
+        copy = hashes_of(ALTERED[name](picture).convert("RGB"))
         found = {int(row) for _, places in index.near(copy) for row in places}
-        assert found <= {number}
-        missed += not found
-    assert missed <= (4 if name.startswith("trimmed") else 0)
+        # The copy's own hash may be near that of the trimmed original, as that of the copy is not.
+        back = HashIndex(copy[:1], NEAR.max_distance).near(hashes.reshape(-1, WORDS))
+        found |= {int(row) // HASHES for queries, _ in back for row in queries}
+        assert found == {number}
 
 
 def test_a_flat_picture_has_no_hash() -> None:
@@ -159,7 +167,7 @@ def test_a_flat_picture_has_no_hash() -> None:
 
 def test_emoji_of_other_things_are_told_apart() -> None:
     corpus = pq.read_table(CORPUS, columns=["image"]).slice(0, 120)["image"].to_pylist()
-    hashes = np.stack([picture_hashes(decode_picture(data)) for data in corpus])
+    hashes = np.stack([hashes_of(Image.fromarray(decode_picture(data))) for data in corpus])
     apart = distances(hashes[:, None, 0], hashes[None, :, 0])[np.triu_indices(len(hashes), 1)]
     assert (apart <= NEAR.max_distance).mean() < 0.005
 

@@ -98,7 +98,7 @@ def test_the_squares_that_are_judged_are_of_the_split_asked_for(tmp_path: Path) 
     manifest = pictures(tmp_path)
     for side in ("train", "validation"):
         count = len(keys_of(manifest, side))
-        squares = centre_squares(manifest, 64, count, side)  # type: ignore[arg-type]
+        squares = centre_squares(manifest, 64, count, side)
         assert {square.key for square in squares if square} == keys_of(manifest, side)
 
 
