@@ -96,6 +96,7 @@ def _evaluate(
             filtered,
             image_size=checked.dvae.image_size,
             most=job.evaluation.most_pictures,
+            split=job.evaluation.split,
         )
         result = protocol.evaluate(
             sampler,

@@ -1,19 +1,29 @@
 """Keep the pairs that are worth learning from: raw dataset → OUTPUT (filtered dataset)."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jobs import runtime, shards
 from jobs.configs.filter_pairs import PRESETS, FilterPairsJob
 from pipelines.data import download, estimates, importing, schema
-from pipelines.data.filtering import STAGE, commit_filtered, duplicate_keys, filter_shard
+from pipelines.data.filtering import (
+    FINGERPRINTS_DIRECTORY,
+    FINGERPRINTS_STAGE,
+    STAGE,
+    commit_filtered,
+    commit_fingerprints,
+    judge_shard,
+    pack,
+)
+from pipelines.data.overlap import Evaluation, read_evaluation
+from pipelines.data.picture_groups import find_groups
 from pipelines.data.stage import DatasetWriter, Manifest
+from pipelines.data.storage import canonical_json
 
-if TYPE_CHECKING:
-    from ray.data import Dataset
+OVERLAP = "overlap.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def describe(job: FilterPairsJob) -> list[str]:
     """The lines below the config of a dry run."""
     raw = _raw(job)
-    pending = len(_writer(job, raw).pending())
+    pending = len(_writer(job, raw, read_evaluation(job.overlap.pictures)).pending())
     return [
         f"filter {raw.rows_out:,} pairs of {job.raw} ({raw.digest[:12]})",
         f"in {len(raw.shards):,} shards, of which {pending:,} are missing",
@@ -38,7 +48,7 @@ def _expected(job: FilterPairsJob, raw: Manifest) -> list[str]:
     found = estimates.estimate(
         estimates.sample_of(raw).cast(schema.RAW),
         raw.rows_out,
-        lambda rows: filter_shard(rows, job.filter, ()),
+        lambda rows: judge_shard(rows, job.filter),
     )
     said = estimates.lines(found, shards=len(raw.shards), measured="as measured here just now")
     return [*said, "  duplicates, which only the whole shows, are not counted"]
@@ -47,15 +57,30 @@ def _expected(job: FilterPairsJob, raw: Manifest) -> list[str]:
 def filter_pairs(job: FilterPairsJob) -> dict[str, Any]:
     """Filter what is missing."""
     raw = _raw(job)
-    writer = _writer(job, raw)
+    evaluation = read_evaluation(job.overlap.pictures)
+    writer = _writer(job, raw, evaluation)
 
-    def graph(pending: list[str]) -> "Dataset":
-        duplicates = duplicate_keys(writer.shards, raw.read, job.filter)
-        rows = [{"shard": shard, "duplicates": duplicates.get(shard, [])} for shard in pending]
-        work = partial(commit_filtered, raw=raw.path, writer=writer, config=job.filter)
-        return shards.one_block_each(rows).map(work, num_cpus=job.cpus_per_shard)
+    def work(pending: list[str]) -> Mapping[str, float]:
+        cpus = shards.fitting_cpus(STAGE, job.cpus_per_shard)
+        prints = _fingerprints(job, raw, cpus)
+        fraction = job.validation_fraction
+        groups = find_groups(
+            prints, job.near_duplicates, job.overlap, evaluation, validation_fraction=fraction
+        )
+        if evaluation.digest:
+            (job.output / OVERLAP).replace(canonical_json(groups.overlap))
+        commit = partial(
+            commit_filtered, raw=raw, prints=prints, writer=writer, validation_fraction=fraction
+        )
+        rows = [pack(shard, groups.decisions) for shard in pending]
+        shards.read_all(
+            writer,
+            lambda _: shards.one_block_each(rows).map(commit, num_cpus=cpus),
+            pending,
+        )
+        return groups.figures
 
-    return shards.run_data_stage(job, writer, graph, parents={"raw": job.raw})
+    return shards.run_stage(job, writer, work, parents={"raw": job.raw})
 
 
 def _raw(job: FilterPairsJob) -> Manifest:
@@ -65,12 +90,42 @@ def _raw(job: FilterPairsJob) -> Manifest:
     return raw
 
 
-def _writer(job: FilterPairsJob, raw: Manifest) -> DatasetWriter:
+def _fingerprints(job: FilterPairsJob, raw: Manifest, cpus: float) -> Manifest:
+    """The dataset of fingerprints, of which an earlier run may have left a part."""
+    writer = DatasetWriter(
+        path=job.output.resolve() / FINGERPRINTS_DIRECTORY,
+        stage=FINGERPRINTS_STAGE,
+        config=asdict(job.filter) | {"look": job.looks},
+        inputs={"raw": raw.digest},
+        sources={"raw": str(raw.path)},
+        shards=[part.shard for part in raw.shards],
+    )
+    writer.claim()
+    commit = partial(commit_fingerprints, raw=raw, writer=writer, config=job.filter, look=job.looks)
+    if pending := writer.pending():
+        rows = [{"shard": shard} for shard in pending]
+        shards.read_all(
+            writer,
+            lambda _: shards.one_block_each(rows).map(commit, num_cpus=cpus),
+            pending,
+        )
+    return writer.seal()
+
+
+def _writer(job: FilterPairsJob, raw: Manifest, evaluation: Evaluation) -> DatasetWriter:
+    settings = {
+        "filter": asdict(job.filter),
+        "near_duplicates": asdict(job.near_duplicates),
+        # Which pictures, their digest says; not where they are.
+        "overlap": {"remove": job.overlap.remove, "max_distance": job.overlap.max_distance},
+        "validation_fraction": job.validation_fraction,
+    }
+    found = {"evaluation": evaluation.digest} if evaluation.digest else {}
     return DatasetWriter(
         path=job.output.resolve(),
         stage=STAGE,
-        config=asdict(job.filter),
-        inputs={"raw": raw.digest},
+        config=settings,
+        inputs={"raw": raw.digest} | found,
         sources={"raw": str(raw.path)},
         shards=[part.shard for part in raw.shards],
     )

@@ -34,7 +34,7 @@ def run_data_stage(
     job: Job, writer: DatasetWriter, graph: Graph, *, parents: Mapping[str, Path | Location]
 ) -> dict[str, Any]:
     """`run_stage` for a graph whose workers commit the shards themselves."""
-    return run_stage(job, writer, partial(_read_all, writer, graph), parents=parents)
+    return run_stage(job, writer, partial(read_all, writer, graph), parents=parents)
 
 
 def run_stage(
@@ -144,7 +144,8 @@ def _run_directory(output: Location) -> Iterator[Path]:
                     (output / name).replace((directory / name).read_bytes())
 
 
-def _read_all(writer: DatasetWriter, graph: Graph, pending: list[str]) -> dict[str, float]:
+def read_all(writer: DatasetWriter, graph: Graph, pending: list[str]) -> dict[str, float]:
+    """Have a graph commit the pending shards, and show how far it is."""
     with Progress(writer.stage, len(writer.shards), "shards") as progress:
         progress.set(len(writer.shards) - len(pending))
         for row in graph(pending).iter_rows():

@@ -8,6 +8,7 @@ from typing import Any
 from jobs import runtime
 from jobs.configs.train_tokenizer import PRESETS, TrainTokenizerJob
 from pipelines.data import plan
+from pipelines.data.split import TRAIN, read_split
 from pipelines.data.stage import Manifest
 from pipelines.data.storage import replace_file
 from pipelines.data.tokenizer import CaptionTokenizer, length_statistics, train_tokenizer
@@ -69,7 +70,9 @@ def _train(job: TrainTokenizerJob, manifest: Manifest, settings: dict[str, Any])
 
 
 def captions(manifest: Manifest) -> Iterator[str]:
-    for table in manifest.tables(["caption"]):
+    """The captions of the pictures that are trained on."""
+    for part in manifest.shards:
+        table = read_split(manifest, part.shard, ["caption"], TRAIN)
         yield from table["caption"].to_pylist()
 
 

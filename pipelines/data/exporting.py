@@ -49,7 +49,7 @@ def _write(file: Any, manifest: Manifest, shard: str) -> None:
             info = tarfile.TarInfo(name)  # its other fields are constants
             info.size, info.mode = len(content), 0o644
             tar.addfile(info, io.BytesIO(content))
-            tar.members.clear()  # it would remember every one
+            tar.members.clear()  # type: ignore[attr-defined]  # it would remember every one
 
 
 def _members(manifest: Manifest, shard: str) -> Iterator[tuple[str, bytes]]:

@@ -16,11 +16,12 @@ import pyarrow.parquet as pq
 from pipelines.data.crops import Crop, random_crop
 from pipelines.data.decode import UnusablePicture, decode_picture
 from pipelines.data.encoding_config import EncodingConfig
-from pipelines.data.schema import DROPPED
+from pipelines.data.schema import DROPPED, SPLIT
+from pipelines.data.split import check_column
 from pipelines.data.stage import open_parquet
 from pipelines.data.storage import Location
 
-INPUT_COLUMNS = ["key", "url", "caption", "image"]
+INPUT_COLUMNS = ["key", "url", "caption", "image", "split"]
 READ_ROWS = 64
 """Pictures that are read at once: a whole shard of them may not fit in memory."""
 READ_BYTES = 1 << 20
@@ -33,6 +34,7 @@ KEPT = pa.schema(
         pa.field("crop_size", pa.int32(), nullable=False),
         pa.field("crop_left", pa.int32(), nullable=False),
         pa.field("crop_top", pa.int32(), nullable=False),
+        SPLIT,
     ]
 )
 
@@ -117,7 +119,7 @@ class _Block:
     def add(self, square: np.ndarray, pair: dict[str, Any], crop: Crop) -> None:
         self.pixels[len(self.kept)] = square
         where = {"crop_size": crop.size, "crop_left": crop.left, "crop_top": crop.top}
-        self.kept.append({"key": pair["key"], "caption": pair["caption"], **where})
+        self.kept.append({name: pair[name] for name in ("key", "caption", "split")} | where)
 
     def table(self, *, last: bool) -> pa.Table:
         pixels = self.pixels[: len(self.kept)]
@@ -137,6 +139,7 @@ class _Block:
 def _read_pairs(file: Path | Location) -> Iterator[dict[str, Any]]:
     try:
         with pq.ParquetFile(open_parquet(Location(file)), buffer_size=READ_BYTES) as parquet:
+            check_column(parquet.schema_arrow, str(file))
             for batch in parquet.iter_batches(READ_ROWS, columns=INPUT_COLUMNS, use_threads=False):
                 yield from batch.to_pylist()
     except (pa.ArrowInvalid, FileNotFoundError) as error:

@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"  # 2: filtered and token rows have a split
 
 RAW = pa.schema(
     [
@@ -18,7 +18,18 @@ RAW = pa.schema(
     ]
 )
 
-FILTERED = RAW
+SPLIT = pa.field("split", pa.string(), nullable=False)
+"""train or validation; the rows of training come first in every shard."""
+
+FILTERED = RAW.append(SPLIT)
+
+FINGERPRINTS = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("content", pa.binary(16), nullable=False),  # the first half of RAW's sha256
+        pa.field("hashes", pa.binary(320)),  # of the picture, see picture_hashes; null: no contrast
+    ]
+)
 
 DROPPED = pa.schema(
     [
@@ -49,6 +60,7 @@ def tokens_schema(
             pa.field("crop_size", pa.int32(), nullable=False),
             pa.field("crop_left", pa.int32(), nullable=False),
             pa.field("crop_top", pa.int32(), nullable=False),
+            SPLIT,
         ],
         metadata={
             "manray.schema_version": SCHEMA_VERSION,

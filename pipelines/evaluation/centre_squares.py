@@ -8,6 +8,7 @@ import numpy as np
 
 from pipelines.data.crops import CropConfig, random_crop
 from pipelines.data.decode import UnusablePicture, decode_picture
+from pipelines.data.split import Split, rows_of
 from pipelines.data.stage import Manifest
 
 # The largest square in the middle, scaled by area to the model's size: nothing is left to chance.
@@ -23,17 +24,20 @@ class Square:
     pixels: np.ndarray  # (S, S, 3) uint8
 
 
-def centre_squares(manifest: Manifest, image_size: int, count: int) -> Iterator[Square | None]:
-    """`count` pictures spread evenly over a dataset, None in place of an unusable one.
+def centre_squares(
+    manifest: Manifest, image_size: int, count: int, split: Split = "all"
+) -> Iterator[Square | None]:
+    """`count` pictures spread evenly over a split of a dataset, None in place of an unusable one.
 
     One shard's stored pictures are in memory at a time, and one decoded picture.
     """
-    wanted = np.linspace(0, manifest.rows_out - 1, count).round().astype(int)
+    parts = rows_of(manifest, split)
+    wanted = np.linspace(0, sum(map(len, parts)) - 1, count).round().astype(int)
     first = 0
-    for shard in manifest.shards:
-        inside = (wanted >= first) & (wanted < first + shard.rows_out)
-        rows = wanted[inside] - first
-        first += shard.rows_out
+    for shard, part in zip(manifest.shards, parts, strict=True):
+        inside = (wanted >= first) & (wanted < first + len(part))
+        rows = wanted[inside] - first + part.start
+        first += len(part)
         if not len(rows):
             continue
         table = manifest.read(shard.shard, ["key", "caption", "image"]).take(rows)

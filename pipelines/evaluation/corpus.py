@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 
 from pipelines.data.decode import decode_picture
+from pipelines.data.split import Split, rows_of
 from pipelines.data.stage import Manifest
 
 COLUMNS = ["key", "caption", "image_tokens", "crop_size", "crop_left", "crop_top"]
@@ -25,20 +26,24 @@ class Corpus:
         return len(self.keys)
 
 
-def read_corpus(tokens: Manifest, filtered: Manifest, *, image_size: int, most: int) -> Corpus:
-    """At most `most` rows, spread evenly over the dataset; a smaller dataset is read whole.
+def read_corpus(
+    tokens: Manifest, filtered: Manifest, *, image_size: int, most: int, split: Split = "all"
+) -> Corpus:
+    """At most `most` rows of a split, spread evenly over it; a smaller one is read whole.
 
     Memory: 3 · image_size² bytes a row.
     """
-    total = tokens.rows_out
+    parts = rows_of(tokens, split)
+    total = sum(map(len, parts))
     if total < 2:
-        raise ValueError(f"{tokens.path} must hold at least two pictures, got {total}")
+        which = "" if split == "all" else f" of the split {split}"
+        raise ValueError(f"{tokens.path} must hold at least two pictures{which}, got {total}")
     wanted = set(np.linspace(0, total - 1, min(most, total)).round().astype(int).tolist())
     rows: list[dict[str, Any]] = []
     pictures: list[np.ndarray] = []
     first = 0
-    for shard in tokens.shards:
-        table = tokens.read(shard.shard, COLUMNS)
+    for shard, inside in zip(tokens.shards, parts, strict=True):
+        table = tokens.read(shard.shard, COLUMNS).slice(inside.start, len(inside))
         chosen = [index for index in range(len(table)) if first + index in wanted]
         first += len(table)
         if not chosen:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from pipelines.data.split import Split
 from pipelines.evaluation import retrieval
 from pipelines.evaluation.corpus import Corpus
 from pipelines.evaluation.losses import shuffle_captions, token_losses
@@ -28,6 +29,8 @@ class EvaluationConfig:
     """Pictures of each of them."""
     most_pictures: int = 10_000
     """Rows of the corpus that are looked at; a smaller corpus is taken whole."""
+    split: Split = "all"
+    """Rows that are judged: train, validation, or all of them."""
     seed: int = 0
     """Chooses the prompts and is each one's first picture's."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

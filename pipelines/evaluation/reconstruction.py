@@ -19,6 +19,7 @@ from models.dvae import DVAE
 from models.dvae_objective import gumbel_noise, kl_to_uniform
 from models.likelihood import display_pixels, picture_log_likelihood
 from models.stage_one import StageOne, StageOneConfig
+from pipelines.data.split import Split, rows_of
 from pipelines.data.stage import Manifest
 from pipelines.evaluation.centre_squares import Square, centre_squares
 from pipelines.evaluation.frechet import FeatureNetwork, PairedSets, RunningGaussian
@@ -43,6 +44,8 @@ class ReconstructionConfig:
     """Weight of the divergence in the second of the two bounds (paper, A.2)."""
     frechet: bool = True
     """Measure FD-EffNetLite0 too, whose network comes with the extra `report`."""
+    split: Split = "all"
+    """Pictures that are judged: train, validation, or all of them."""
     seed: int = 0
     """Draws the codes of the bounds, and the pictures that are shown at random."""
 
@@ -58,17 +61,18 @@ class ReconstructionConfig:
 
     def check(self, manifest: Manifest, model: StageOneConfig) -> int:
         """The number of pictures that will be looked at; raises ValueError if there is no way."""
-        if manifest.rows_out < LEAST_PICTURES:
+        rows = sum(map(len, rows_of(manifest, self.split)))
+        if rows < LEAST_PICTURES:
+            which = "" if self.split == "all" else f" of the split {self.split}"
             raise ValueError(
-                f"{manifest.path} must hold at least {LEAST_PICTURES} pictures, "
-                f"got {manifest.rows_out}"
+                f"{manifest.path} must hold at least {LEAST_PICTURES} pictures{which}, got {rows}"
             )
         if model.image_size < WINDOW:
             raise ValueError(
                 f"the model's pictures must have at least {WINDOW} pixels a side, the window of "
                 f"SSIM, got {model.image_size}"
             )
-        return min(self.most_pictures, manifest.rows_out)
+        return min(self.most_pictures, rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +116,7 @@ def measure(
     """
     count = config.check(manifest, model.config)
     tally = Tally(model, config)
-    squares = centre_squares(manifest, model.config.image_size, count)
+    squares = centre_squares(manifest, model.config.image_size, count, config.split)
     # Convolutions in TF32, the default on a GPU, would round the figures themselves.
     exact = torch.backends.cudnn.flags(
         enabled=True, benchmark=False, deterministic=True, allow_tf32=False

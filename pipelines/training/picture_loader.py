@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pipelines.data.crops import CropConfig, random_crop
 from pipelines.data.decode import UnusablePicture, decode_picture
+from pipelines.data.split import TRAIN, Split, rows_of
 from pipelines.data.stage import Manifest
 
 WINDOW_SHARDS = 4
@@ -54,19 +55,22 @@ class PictureLoader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        split: Split = TRAIN,
     ) -> None:
         if batch_samples % world_size:
             raise ValueError(
                 f"batch_samples must divide by the workers, got {batch_samples}, {world_size}"
             )
-        if not manifest.rows_out:
-            raise ValueError(f"{manifest.path} must hold at least one picture, got none")
+        parts = list(zip(manifest.shards, rows_of(manifest, split), strict=True))
+        if not any(rows for _, rows in parts):
+            raise ValueError(f"{manifest.path} must hold at least one {split} picture, got none")
         self.manifest, self.crops, self.image_size = manifest, crops, image_size
         self.batch_samples, self.seed = batch_samples, seed
         self.rank, self.world_size = rank, world_size
         self._unusable = 0
-        self._shards = [shard.shard for shard in manifest.shards if shard.rows_out]
-        self._rows = [shard.rows_out for shard in manifest.shards if shard.rows_out]
+        self._shards = [shard.shard for shard, rows in parts if rows]
+        self._first = [rows.start for _, rows in parts if rows]
+        self._rows = [len(rows) for _, rows in parts if rows]
         self._order = lru_cache(maxsize=2)(self._shuffle)
         self._permutation = lru_cache(maxsize=2)(self._permute)
         self._images = lru_cache(maxsize=WINDOW_SHARDS)(self._read_images)
@@ -129,7 +133,7 @@ class PictureLoader:
         number = int(self._permutation(epoch, window, ends[window] - start)[place - start])
         for shard in members:
             if number < self._rows[shard]:
-                return shard, number
+                return shard, self._first[shard] + number
             number -= self._rows[shard]
         raise AssertionError(f"place {place} lies in no shard")
 

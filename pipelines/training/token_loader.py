@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from models.prior import PriorConfig
+from pipelines.data.split import TRAIN, Split, read_split
 from pipelines.data.stage import Manifest
 from pipelines.data.tokenizer import CaptionTokenizer
 
@@ -41,6 +42,7 @@ class TokenLoader:
         caption_dropout: float = 0.0,
         rank: int = 0,
         world_size: int = 1,
+        split: Split = TRAIN,
     ) -> None:
         if batch_samples % world_size:
             raise ValueError(
@@ -50,9 +52,9 @@ class TokenLoader:
         self.batch_samples, self.bpe_dropout, self.seed = batch_samples, bpe_dropout, seed
         self.caption_dropout = caption_dropout
         self.rank, self.world_size = rank, world_size
-        self.keys, self.captions, self.image_tokens = read_tokens(manifest)
+        self.keys, self.captions, self.image_tokens = read_tokens(manifest, split)
         if not self.keys:
-            raise ValueError(f"{manifest.path} must hold at least one row, got none")
+            raise ValueError(f"{manifest.path} must hold at least one {split} row, got none")
         self._permutation = lru_cache(maxsize=2)(self._permute)
 
     def __len__(self) -> int:
@@ -91,12 +93,15 @@ class TokenLoader:
         return np.random.default_rng((self.seed, epoch)).permutation(len(self))
 
 
-def read_tokens(manifest: Manifest) -> tuple[list[str], list[str], np.ndarray]:
+def read_tokens(
+    manifest: Manifest, split: Split = "all"
+) -> tuple[list[str], list[str], np.ndarray]:
     """Keys, captions and image tokens (N, grid²) uint16 of a token dataset, in its own order."""
     keys: list[str] = []
     captions: list[str] = []
     tokens = []
-    for table in manifest.tables(["key", "caption", "image_tokens"]):
+    for part in manifest.shards:
+        table = read_split(manifest, part.shard, ["key", "caption", "image_tokens"], split)
         keys += table["key"].to_pylist()
         captions += table["caption"].to_pylist()
         column = table["image_tokens"].combine_chunks()

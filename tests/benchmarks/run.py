@@ -22,6 +22,7 @@ from tests.benchmarks import (
     download,
     encode_pairs,
     encoder,
+    filtering,
     pictures,
     prior,
     sampling,
@@ -32,6 +33,7 @@ from tests.benchmarks.measure import Effort, MissingPeer, Row
 TOPICS: dict[str, Callable[[Effort], list[Row]]] = {
     "captions": captions.rows,
     "encoder": encoder.rows,
+    "filtering": filtering.rows,
     "pictures": pictures.rows,
     "tokens": tokens.rows,
 }

@@ -72,6 +72,7 @@ def random_shard(count: int) -> tuple[np.ndarray, pa.Table]:
         "crop_size": [256] * count,
         "crop_left": [0] * count,
         "crop_top": [0] * count,
+        "split": ["train"] * count,
     }
     schema = tokens_schema(GRID, stage_one="dvae", dvae_sha256="0" * 64, tokenizer_sha256="0" * 64)
     return tokens, pa.table(columns, schema=schema)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 from jobs import download_pairs, filter_pairs
 from pipelines.data import estimates
 from pipelines.data.encoding_config import EncodingConfig
-from pipelines.data.filtering import FilterConfig, filter_shard
+from pipelines.data.filtering import judge_shard
 from pipelines.data.picture_blocks import cut_sample
+from pipelines.data.row_rules import RowRulesConfig
 from pipelines.data.schema import RAW
 from pipelines.data.stage import Manifest
 from pipelines.data.urls import pair_key
@@ -51,14 +53,14 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 def run(raw: Manifest) -> tuple[pa.Table, pa.Table]:
-    return filter_shard(pa.concat_tables(raw.tables()), FilterConfig(), ())
+    return judge_shard(pa.concat_tables(raw.tables()), RowRulesConfig())
 
 
 def test_a_real_run_is_within_the_interval(raw: Manifest) -> None:
     found = estimates.estimate(
         estimates.sample_of(raw).cast(RAW),
         raw.rows_out,
-        lambda rows: filter_shard(rows, FilterConfig(), ()),
+        lambda rows: judge_shard(rows, RowRulesConfig()),
     )
     kept, dropped = run(raw)
     assert found.sample == estimates.SAMPLE_ROWS
@@ -126,7 +128,7 @@ def test_the_pictures_that_stage_one_cannot_use_are_foreseen(tmp_path: Path) -> 
         found = estimates.estimate(
             estimates.sample_of(manifest),
             manifest.rows_out,
-            lambda rows, side=side: cut_sample(rows, EncodingConfig(), side),
+            partial(cut_sample, config=EncodingConfig(), side=side),
         )
         assert found.kept == estimates.Range(kept, kept, kept)
         assert list(found.dropped) == ([] if kept else ["too_small"])

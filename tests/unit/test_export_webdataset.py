@@ -11,6 +11,7 @@ import pytest
 
 from jobs import export_webdataset
 from pipelines.data.stage import Manifest
+from pipelines.data.storage import Location
 from pipelines.training.token_loader import read_tokens
 from tests.fixtures.datasets import TinyTokens, filtered_pairs, tiny_tokens
 
@@ -20,7 +21,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyTokens:
     return tiny_tokens(tmp_path_factory.mktemp("tiny"))
 
 
-def export(dataset: Path, output: Path) -> int:
+def export(dataset: Path | Location, output: Path) -> int:
     return export_webdataset.main(["tiny", "--dataset", str(dataset), "--output", str(output)])
 
 

@@ -1,26 +1,33 @@
-"""The paper's filters, one edge at a time."""
+"""The rules that look at one row, one edge at a time, and against the same rules row by row."""
+
+import random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipelines.data import boilerplate
-from pipelines.data.filtering import (
-    FilterConfig,
-    caption_reason,
-    drop_reason,
-    duplicate_keys,
-    filter_shard,
-)
-from pipelines.data.schema import DROPPED, FILTERED
-from tests.fixtures.datasets import CORPUS, filtered_row
+from pipelines.data.row_rules import ROW_RULES, RowRulesConfig, judge
+from tests.fixtures import row_by_row
+from tests.fixtures.datasets import CORPUS
 
-CONFIG = FilterConfig()
+CONFIG = RowRulesConfig()
 
 
-def reason_of(caption: str) -> str:
-    found = caption_reason(caption, CONFIG)
-    return found[0] if found else ""
+def pairs(captions: list[str], width: int = 512, height: int = 512) -> pa.Table:
+    sides = {"original_width": width, "original_height": height}
+    columns = {name: pa.array([side] * len(captions), pa.int32()) for name, side in sides.items()}
+    return pa.table({"caption": pa.array(captions, pa.string()), **columns})
+
+
+def reasons_of(captions: list[str]) -> dict[str, str]:
+    reasons = judge(pairs(captions), CONFIG)[0].to_pylist()
+    return {caption: reason or "" for caption, reason in zip(captions, reasons, strict=True)}
+
+
+def without_boilerplate(captions: list[str]) -> list[str]:
+    rests: list[str] = boilerplate.strip(pa.array(captions)).to_pylist()
+    return rests
 
 
 DATES = [
@@ -64,7 +71,6 @@ DATES = [
 ]
 
 
-@pytest.mark.parametrize("date", DATES)
 @pytest.mark.parametrize(
     "phrase",
     [
@@ -75,19 +81,20 @@ DATES = [
         "Date of photo: {}",
     ],
 )
-def test_a_caption_that_is_only_a_date_is_boilerplate(phrase: str, date: str) -> None:
-    assert reason_of(phrase.format(date)) in ("boilerplate", "short_caption")
-    assert not any(letter.isalnum() for letter in boilerplate.strip(phrase.format(date)))
+def test_a_caption_that_is_only_a_date_is_boilerplate(phrase: str) -> None:
+    captions = [phrase.format(date) for date in DATES]
+    assert set(reasons_of(captions).values()) <= {"boilerplate", "short_caption"}
+    for caption, rest in zip(captions, without_boilerplate(captions), strict=True):
+        assert not any(map(str.isalnum, rest)), caption
 
 
-@pytest.mark.parametrize("date", DATES)
-def test_a_caption_that_says_something_beside_its_date_stays(date: str) -> None:
-    assert reason_of(f"a red kite above the harbour, photographed on {date}") == ""
+def test_a_caption_that_says_something_beside_its_date_stays() -> None:
+    captions = [f"a red kite above the harbour, photographed on {date}" for date in DATES]
+    assert reasons_of(captions) == dict.fromkeys(captions, "")
 
 
-@pytest.mark.parametrize(
-    "caption",
-    [
+def test_what_pages_say_around_a_picture_is_boilerplate() -> None:
+    captions = [
         "IMG_20190512_101533.jpg IMG_1234.JPG DSC00012.JPG",
         "click here to enlarge this picture",
         "Click on the image to see a larger version",
@@ -97,15 +104,12 @@ def test_a_caption_that_says_something_beside_its_date_stays(date: str) -> None:
         "no caption available yet",
         "Image 3 of 12 stock photo",
         "Untitled photo uploaded by John Smith",
-    ],
-)
-def test_what_pages_say_around_a_picture_is_boilerplate(caption: str) -> None:
-    assert reason_of(caption) == "boilerplate"
+    ]
+    assert reasons_of(captions) == dict.fromkeys(captions, "boilerplate")
 
 
-@pytest.mark.parametrize(
-    "caption",
-    [
+def test_words_that_look_like_boilerplate_stay() -> None:
+    captions = [
         "a march of soldiers in may",
         "two people taken by surprise",
         "a shot glass beside the sea",
@@ -117,15 +121,12 @@ def test_what_pages_say_around_a_picture_is_boilerplate(caption: str) -> None:
         "a picture of a 3rd place medal",
         "the credit card on the table is blue",
         "a file of ants crossing a path",
-    ],
-)
-def test_words_that_look_like_boilerplate_stay(caption: str) -> None:
-    assert reason_of(caption) == ""
+    ]
+    assert reasons_of(captions) == dict.fromkeys(captions, "")
 
 
-@pytest.mark.parametrize(
-    ("caption", "reason"),
-    [
+def test_short_and_foreign_captions_are_dropped() -> None:
+    expected = [
         ("", "short_caption"),
         ("dog", "short_caption"),
         ("a dog", "short_caption"),
@@ -151,10 +152,8 @@ def test_words_that_look_like_boilerplate_stay(caption: str) -> None:
         ("the word 愛 on a red lantern", ""),
         ("une pomme rouge", ""),  # too short for cld3 to be believed
         ("a kimono, clothing", ""),  # certainly Macedonian, says cld3
-    ],
-)
-def test_short_and_foreign_captions_are_dropped(caption: str, reason: str) -> None:
-    assert reason_of(caption) == reason
+    ]
+    assert reasons_of([caption for caption, _ in expected]) == dict(expected)
 
 
 @pytest.mark.parametrize(
@@ -171,53 +170,81 @@ def test_short_and_foreign_captions_are_dropped(caption: str, reason: str) -> No
     ],
 )
 def test_the_ends_of_the_aspect_range_are_included(width: int, height: int, reason: str) -> None:
-    row = {"original_width": width, "original_height": height, "caption": "a red kite on a beach"}
-    found = drop_reason(row, CONFIG)
-    assert (found[0] if found else "") == reason
-
-
-def test_no_row_is_lost_and_the_first_of_equal_pictures_stays() -> None:
-    captions = ["a red kite", "the same kite again", "ein roter Drachen über dem Meer", "a big dog"]
-    images = [b"kite", b"kite", b"other", b"dog"]
-    rows = [filtered_row(caption, image) for caption, image in zip(captions, images, strict=True)]
-    table = pa.Table.from_pylist(rows, schema=FILTERED)
-    shards = {"00000": table.slice(0, 1), "00001": table.slice(1)}
-    small = FilterConfig(min_side=64)
-    duplicates = duplicate_keys(
-        list(shards), lambda shard, names: shards[shard].select(names), small
-    )
-    assert duplicates == {"00001": [rows[1]["key"]]}
-    kept, dropped = filter_shard(table, small, set(duplicates["00001"]))
-    assert kept.schema == FILTERED
-    assert dropped.schema == DROPPED
-    assert kept["caption"].to_pylist() == ["a red kite", "a big dog"]
-    assert dropped["reason"].to_pylist() == ["duplicate_picture", "not_english"]
-
-
-def test_a_picture_stays_once_if_its_first_caption_is_dropped() -> None:
-    captions = ["ein roter Drachen über dem Meer", "a red kite over the sea", "the same red kite"]
-    rows = [filtered_row(caption, b"kite") for caption in captions]
-    table = pa.Table.from_pylist(rows, schema=FILTERED)
-    small = FilterConfig(min_side=64)
-    duplicates = duplicate_keys(["00000"], lambda shard, names: table.select(names), small)
-    assert duplicates == {"00000": [rows[2]["key"]]}
-
-
-def test_an_empty_dataset_has_no_duplicates() -> None:
-    empty = FILTERED.empty_table()
-    assert duplicate_keys(["00000"], lambda shard, names: empty.select(names), CONFIG) == {}
-    kept, dropped = filter_shard(FILTERED.empty_table(), CONFIG, set())
-    assert (kept.num_rows, dropped.num_rows) == (0, 0)
+    reasons, details = judge(pairs(["a red kite on a beach"], width, height), CONFIG)
+    assert (reasons[0].as_py() or "") == reason
+    assert details[0].as_py() == (f"{width} x {height}" if reason else None)
 
 
 def test_the_shipped_corpus_passes_the_caption_filters() -> None:
     captions = pq.read_table(CORPUS, columns=["caption"])["caption"].to_pylist()
-    lost = [caption for caption in captions if reason_of(caption)]
+    lost = judge(pairs(captions), CONFIG)[0].drop_null()
     assert len(lost) < 0.02 * len(captions), lost
 
 
 def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match=r"english_probability must be in \[0, 1\], got 2"):
-        FilterConfig(english_probability=2)
+        RowRulesConfig(english_probability=2)
     with pytest.raises(ValueError, match=r"max_aspect_ratio must be at least 1, got 0.5"):
-        FilterConfig(max_aspect_ratio=0.5)
+        RowRulesConfig(max_aspect_ratio=0.5)
+    with pytest.raises(ValueError, match=r"must be in \[0, 1000\], got 5, 1001"):
+        RowRulesConfig(english_min_letters=1001)
+
+
+FOREIGN_DATES = [
+    "aufgenommen am 12. Mai 2009",
+    "fotografiert am 3. März 2010",
+    "prise le 14 juillet 2004",
+    "photographiée le 2 février 2015",
+    "tomada el 12 de mayo de 2009",
+    "scattata il 3 dicembre 2011",
+    "tirada em 7 de setembro de 2012",
+    "genomen op 3 maart 2008",
+]
+
+
+def test_dates_in_other_languages_are_boilerplate_too() -> None:
+    for caption, rest in zip(FOREIGN_DATES, without_boilerplate(FOREIGN_DATES), strict=True):
+        assert not any(map(str.isalnum, rest)), caption
+
+
+PIECES = [
+    *("a red kite", "above the harbour", "two dogs", "ein roter Apfel auf dem Tisch", "photo by"),
+    *("赤いりんご", "красное яблоко", "café", "naïve", "piñata", "Ελλάδα", "12", "x", "…", "“so”"),
+    *("stock photo", "click here to enlarge", "IMG_1234.JPG", "año.jpg", "© 2010 Ana", "3/12"),
+    *("no caption available", "shot with my iPhone 4", "via flickr", "credit: Jo; a boat", "👍"),
+    *DATES,
+    *FOREIGN_DATES,
+]
+SPACES = [" ", " ", " ", ", ", "\t", "\n", "\u00a0", "\u3000", "\x0b", "\x1f", "; ", "-", ""]
+
+
+def random_captions(count: int) -> list[str]:
+    rng = random.Random(0)
+    return [
+        "".join(rng.choice(PIECES) + rng.choice(SPACES) for _ in range(rng.randrange(6)))
+        for _ in range(count)
+    ]
+
+
+def test_whole_shards_are_judged_as_rows_are_one_by_one() -> None:
+    captions = random_captions(1500)
+    rng = random.Random(1)
+    sides = [(rng.choice((250, 256, 300, 700)), rng.choice((256, 300, 600))) for _ in captions]
+    width, height = (pa.array(side, pa.int32()) for side in zip(*sides, strict=True))
+    table = pa.table({"caption": captions, "original_width": width, "original_height": height})
+    expected = [row_by_row.drop_reason(row, CONFIG) for row in table.to_pylist()]
+    found = [column.to_pylist() for column in judge(table, CONFIG)]
+    assert list(zip(*found, strict=True)) == [reason or (None, None) for reason in expected]
+    assert {reason[0] for reason in expected if reason} == {rule.reason for rule in ROW_RULES}
+
+
+def test_boilerplate_is_found_as_it_is_one_by_one() -> None:
+    captions = random_captions(1500)
+    found = boilerplate.strip(pa.array(captions)).to_pylist()
+    for caption, rest in zip(captions, found, strict=True):
+        expected = row_by_row.strip(caption)
+        assert rest == expected if rest is not None else expected.split() == caption.split()
+
+
+def test_a_shard_of_no_rows_has_no_reasons() -> None:
+    assert [len(column) for column in judge(pairs([]), CONFIG)] == [0, 0]

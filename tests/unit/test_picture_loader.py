@@ -1,5 +1,6 @@
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,8 +30,8 @@ def pictures(path: Path, *, rows: int = ROWS, side: int = 12, broken: int = 0) -
     )
 
 
-def loader(manifest: Manifest, **overrides: int) -> PictureLoader:
-    values = {"image_size": 8, "batch_samples": 10, "seed": 1} | overrides
+def loader(manifest: Manifest, **overrides: Any) -> PictureLoader:
+    values: dict[str, Any] = {"image_size": 8, "batch_samples": 10, "seed": 1} | overrides
     return PictureLoader(manifest, CropConfig(), **values)
 
 

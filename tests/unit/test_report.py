@@ -58,12 +58,13 @@ def dataset(
         path=path, stage=stage, config={"x": "<b>"}, inputs=inputs, sources={}, shards=["00000"]
     )
     writer.claim()
+    schema = RAW if stage == "download_pairs" else FILTERED
     writer.commit(
         "00000",
-        pa.Table.from_pylist(rows, schema=RAW),
+        pa.Table.from_pylist(rows, schema=schema),
         pa.Table.from_pylist(dropped, schema=DROPPED),
         rows_in=len(rows) + len(dropped),
-        schema=FILTERED,
+        schema=schema,
     )
     return writer.seal()
 
