@@ -128,7 +128,7 @@ def test_the_pictures_that_stage_one_cannot_use_are_foreseen(tmp_path: Path) -> 
         found = estimates.estimate(
             estimates.sample_of(manifest),
             manifest.rows_out,
-            partial(cut_sample, config=EncodingConfig(), side=side),
+            partial(cut_sample, config=EncodingConfig(), image_size=side),
         )
         assert found.kept == estimates.Range(kept, kept, kept)
         assert list(found.dropped) == ([] if kept else ["too_small"])
