@@ -26,7 +26,7 @@ class Actor:
     closed, as the system does for a process; that frees its locks.
     """
 
-    def __init__(self, name: str, root: Path, body: "Callable[[Actor], None]") -> None:
+    def __init__(self, name: str, root: Path, body: "Callable[[Actor], object]") -> None:
         if not _hooked:
             sys.addaudithook(_hook)
             _hooked.append(True)
