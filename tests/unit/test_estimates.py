@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +127,7 @@ def test_the_pictures_that_stage_one_cannot_use_are_foreseen(tmp_path: Path) -> 
         found = estimates.estimate(
             estimates.sample_of(manifest),
             manifest.rows_out,
-            lambda rows, side=side: cut_sample(rows, EncodingConfig(), side),
+            partial(cut_sample, config=EncodingConfig(), image_size=side),
         )
         assert found.kept == estimates.Range(kept, kept, kept)
         assert list(found.dropped) == ([] if kept else ["too_small"])
