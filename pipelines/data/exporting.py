@@ -8,7 +8,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -43,13 +43,13 @@ def export_shard(manifest: Manifest, shard: str, folder: Path) -> dict[str, Any]
     return {"file": final.name, "rows": rows, "sha256": sha256_file(final)}
 
 
-def _write(file: Any, manifest: Manifest, shard: str) -> None:
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, content in _members(manifest, shard):
-            info = tarfile.TarInfo(name)  # its other fields are constants
-            info.size, info.mode = len(content), 0o644
-            tar.addfile(info, io.BytesIO(content))
-            tar.members.clear()  # type: ignore[attr-defined]  # it would remember every one
+def _write(file: BinaryIO, manifest: Manifest, shard: str) -> None:
+    for name, content in _members(manifest, shard):
+        info = tarfile.TarInfo(name)  # its other fields are constants
+        info.size, info.mode = len(content), 0o644
+        file.write(info.tobuf(tarfile.USTAR_FORMAT))
+        file.write(content + bytes(-len(content) % tarfile.BLOCKSIZE))
+    file.write(bytes(2 * tarfile.BLOCKSIZE))  # the end of an archive
 
 
 def _members(manifest: Manifest, shard: str) -> Iterator[tuple[str, bytes]]:
