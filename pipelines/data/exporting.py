@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipelines.data.stage import Manifest
+from pipelines.data.stage import Manifest, open_parquet
 from pipelines.data.storage import sha256_file
 
 STAGE = "export_webdataset"
@@ -70,7 +70,7 @@ def _members(manifest: Manifest, shard: str) -> Iterator[tuple[str, bytes]]:
 
 def _rows(manifest: Manifest, shard: str) -> Iterator[dict[str, Any]]:
     file = next(manifest.path / part.file for part in manifest.shards if part.shard == shard)
-    with pq.ParquetFile(file, buffer_size=1 << 20) as parquet:
+    with pq.ParquetFile(open_parquet(file), buffer_size=1 << 20) as parquet:
         for batch in parquet.iter_batches(64, use_threads=False):
             yield from batch.to_pylist()
 

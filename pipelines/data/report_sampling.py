@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipelines.data.page import inline_picture, short
-from pipelines.data.stage import Manifest
+from pipelines.data.stage import Manifest, open_parquet
 
 SAMPLED_SHARDS = 8
 ROWS_PER_SHARD = 4096  # of each sampled shard, kept and dropped each
@@ -66,7 +66,7 @@ def first_rows(
     else:
         return
     try:
-        with pq.ParquetFile(file, buffer_size=1 << 20) as parquet:
+        with pq.ParquetFile(open_parquet(file), buffer_size=1 << 20) as parquet:
             columns = [name for name in parquet.schema_arrow.names if name not in without]
             for batch in parquet.iter_batches(64, columns=columns, use_threads=False):
                 yield from batch.slice(0, count).to_pylist()

@@ -116,7 +116,7 @@ def _tokens(folder: Path, filtered: Manifest) -> Manifest:
     model, _ = load_stage_one(dvae)
     torch.manual_seed(0)
     schema = tokens_schema(8, stage_one="dvae", dvae_sha256=digest, tokenizer_sha256="0" * 64)
-    rows = filtered.read("00000", ["key", "caption"]).to_pylist()
+    rows = filtered.read("00000", ["key", "caption", "split"]).to_pylist()
     for row in rows:
         codes = torch.randint(model.config.vocab_size, (64,)).numpy().astype("<u2")
         row |= {"image_tokens": codes.tobytes(), "crop_size": 128, "crop_left": 0, "crop_top": 0}
@@ -141,9 +141,10 @@ def _dataset(
         path=path, stage=stage, config={}, inputs=inputs, sources={}, shards=["00000"]
     )
     writer.claim()
-    kept = pa.Table.from_pylist(rows, schema=RAW)
+    schema = RAW if stage == "download_pairs" else FILTERED
+    kept = pa.Table.from_pylist(rows, schema=schema)
     lost = pa.Table.from_pylist(dropped, schema=DROPPED)
-    writer.commit("00000", kept, lost, rows_in=len(rows) + len(dropped), schema=FILTERED)
+    writer.commit("00000", kept, lost, rows_in=len(rows) + len(dropped), schema=schema)
     return writer.seal()
 
 
