@@ -8,8 +8,10 @@ whole, and the same digest as of an undisturbed run.
 
 import hashlib
 import json
+import random
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -52,7 +54,7 @@ QUICK = settings(
 )
 # That it fails is all that is asked: no smaller example is looked for.
 FINDING = settings(QUICK, max_examples=200, phases=[Phase.generate], report_multiple_bugs=False)
-LONG = settings(QUICK, max_examples=400, stateful_step_count=80)
+LONG = settings(QUICK, max_examples=100, stateful_step_count=60)
 
 
 def rows_of(shard: str) -> tuple[pa.Table, pa.Table]:
@@ -81,6 +83,10 @@ class Protocol(RuleBasedStateMachine):
         self.alive: list[Actor] = []
         self.fixed: dict[str, bytes] = {}  # files that may never change, as they were first seen
         self.started = 0
+        # Names decide in which order files are listed: the same steps must be the same again.
+        names = random.Random(0)
+        self.patched = pytest.MonkeyPatch()
+        self.patched.setattr(uuid, "uuid4", lambda: uuid.UUID(int=names.getrandbits(128)))
 
     @initialize()
     def begin(self) -> None:
@@ -112,6 +118,14 @@ class Protocol(RuleBasedStateMachine):
         except plan.OutputBusy:
             pass
 
+    def collect(self, me: Actor) -> None:
+        """As jobs.check_shards: no driver is at work then, but workers of a dead one may be."""
+        try:
+            with plan.lease(self.root):
+                garbage.collect(Location(self.root))
+        except plan.OutputBusy:
+            pass
+
     def work_on(self, shard: str) -> Actor:
         def work(me: Actor) -> None:
             kept, dropped = rows_of(shard)
@@ -133,8 +147,8 @@ class Protocol(RuleBasedStateMachine):
 
     @precondition(lambda self: len(self.alive) < MOST_ALIVE and self.planned)
     @rule()
-    def garbage_is_collected_without_a_lease(self) -> None:
-        self.start("collector", lambda me: garbage.collect(Location(self.root)))
+    def somebody_collects_garbage(self) -> None:
+        self.start("collector", self.collect)
 
     @precondition(lambda self: self.alive)
     @rule(who=st.integers(0, 99), steps=st.integers(1, 12))
@@ -217,11 +231,12 @@ class Protocol(RuleBasedStateMachine):
         finally:
             for actor in self.alive:
                 actor.kill()
+            self.patched.undo()
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def run_to_the_end(self) -> None:
-        sleepers = [actor for actor in self.alive if not actor.name.startswith("driver")]
-        for actor in [actor for actor in self.alive if actor.name.startswith("driver")]:
+        sleepers = [actor for actor in self.alive if actor.name.startswith("worker")]
+        for actor in [actor for actor in self.alive if actor not in sleepers]:
             actor.kill()
         self.bury()
         self.run_a_driver(asleep=sleepers)
