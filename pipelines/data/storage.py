@@ -198,7 +198,7 @@ def create_once(path: Path, data: bytes) -> bool:
     except FileExistsError:
         return False
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)  # a collector may have been there first
     _sync_directory(path.parent)
     return True
 

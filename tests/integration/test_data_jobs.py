@@ -207,7 +207,7 @@ def test_a_missing_foreign_or_unfinished_input_is_refused_and_nothing_is_written
         (tmp_path / "none", "must be a finished dataset"),
         (tmp_path / "photos", "is no dataset"),
         (tmp_path / "begun", "is not finished"),
-        (filtered, "must be made by download_pairs, got one by filter_pairs"),
+        (filtered, "must be made by download_pairs or import_pairs, got filter_pairs"),
     ):
         assert filter_pairs.main(filter_arguments(directory, output)) == 2
         assert words in capsys.readouterr().err
