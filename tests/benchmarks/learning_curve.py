@@ -29,7 +29,7 @@ from tests.benchmarks.measure import versions
 from tests.benchmarks.prior import LARGEST_DIFFERENCE
 
 POINTS = 6
-EVALUATED = 512  # held-out pictures
+EVALUATED = 256  # held-out pictures
 CLIP_NORM = 1.0
 WIDTH, HEIGHT, MARGIN = 640, 360, 48
 
