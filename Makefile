@@ -40,7 +40,7 @@ check: $(READY) ## format, lint, types, who imports whom
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: $(READY) ## unit and integration tests: about 15 minutes on 2 cores
+test: $(READY) ## unit and integration tests: about 20 minutes on 2 cores
 	$(BIN)/pytest tests/unit tests/integration -m "not chaos and not gpu" $(ARGS)
 
 bench: $(READY) ## side by side with peers, into runs/bench/TOPIC.json
