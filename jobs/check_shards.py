@@ -3,28 +3,15 @@
 import sys
 from collections.abc import Sequence
 
-import tyro
-
 from jobs import runtime
 from jobs.configs.check_shards import CheckShardsJob
 from pipelines.data import checking, garbage, plan
 from pipelines.data.stage import Manifest
 
-VERB = "check_shards"
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 whole, 1 a fault, or the store is away, 2 no dataset."""
-    runtime.set_environment()
-    try:
-        job = tyro.cli(CheckShardsJob, args=argv, prog=f"python -m jobs.{VERB}")
-        return check_shards(job)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"{VERB}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"{VERB}: failed: {error}", file=sys.stderr)
-        return 1
+    return runtime.run_look("check_shards", CheckShardsJob, check_shards, argv)
 
 
 def check_shards(job: CheckShardsJob) -> int:

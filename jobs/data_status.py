@@ -6,35 +6,28 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-import tyro
-
 from jobs import runtime
 from jobs.configs.data_status import DataStatusJob
 from pipelines.data.status import DatasetStatus, ShardStatus, status
 
-VERB = "data_status"
 MOST_REASONS = 8
 UNITS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 said, 1 the store is away, 2 no dataset or a damaged one."""
-    runtime.set_environment()
-    try:
-        job = tyro.cli(DataStatusJob, args=argv, prog=f"python -m jobs.{VERB}")
-        for place in job.datasets:
-            found = status(place)
-            if job.json:
-                print(json.dumps(asdict(found) | {"dropped": found.dropped}), flush=True)
-            else:
-                print("\n".join(lines(found, job.shards, time.time())), flush=True)
-        return 0
-    except (ValueError, FileNotFoundError) as error:
-        print(f"{VERB}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"{VERB}: failed: {error}", file=sys.stderr)
-        return 1
+    return runtime.run_look("data_status", DataStatusJob, data_status, argv)
+
+
+def data_status(job: DataStatusJob) -> int:
+    """Print how far each dataset is."""
+    for place in job.datasets:
+        found = status(place)
+        if job.json:
+            print(json.dumps(asdict(found) | {"dropped": found.dropped}), flush=True)
+        else:
+            print("\n".join(lines(found, job.shards, time.time())), flush=True)
+    return 0
 
 
 def lines(found: DatasetStatus, most: int, now: float) -> Iterator[str]:

@@ -6,20 +6,18 @@ With ``--retry-of RAW`` fetch again what failed of a finished one, by cause: RAW
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jobs import runtime, shards
 from jobs.configs.download_pairs import PRESETS, DownloadPairsJob
 from pipelines.data import estimates
 from pipelines.data.causes import has_cause, parse_causes
-from pipelines.data.download import STAGE, commit_download, commit_retry, download_shard, pack
+from pipelines.data.download import STAGE, commit_download, commit_retry, download_shard
 from pipelines.data.stage import DatasetWriter, Manifest
 from pipelines.data.storage import Location
+from pipelines.data.travelling import pack
 from pipelines.data.url_formats import UrlColumns
 from pipelines.data.urls import UrlList, read_url_list
-
-if TYPE_CHECKING:
-    from ray.data import Dataset
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,28 +65,25 @@ def download(job: DownloadPairsJob) -> dict[str, Any]:
     urls = _read_list(job)
     writer = _writer(job, urls)
 
-    def graph(pending: list[str]) -> "Dataset":
-        rows = [{"shard": shard, "rows": pack(urls.shard(shard))} for shard in pending]
-        work = partial(commit_download, writer=writer, config=job.download)
-        return shards.one_block_each(rows).map(
-            work, num_cpus=shards.fitting_cpus(STAGE, job.cpus_per_shard)
-        )
-
-    return shards.run_data_stage(job, writer, graph, parents={})
+    commit = partial(commit_download, writer=writer, config=job.download)
+    return shards.run_data_stage(
+        job,
+        writer,
+        commit,
+        cpus=job.cpus_per_shard,
+        parents={},
+        row_of=lambda shard: {"rows": pack(urls.shard(shard))},
+    )
 
 
 def _retry(job: DownloadPairsJob, retry_of: Location) -> dict[str, Any]:
     old = Manifest.load(retry_of, stage=STAGE)
     writer = _retry_writer(job, old)
-
-    def graph(pending: list[str]) -> "Dataset":
-        causes = parse_causes(job.retry_failed)
-        work = partial(commit_retry, writer=writer, config=job.download, old=old, causes=causes)
-        return shards.one_block_each([{"shard": shard} for shard in pending]).map(
-            work, num_cpus=shards.fitting_cpus(STAGE, job.cpus_per_shard)
-        )
-
-    return shards.run_data_stage(job, writer, graph, parents={"raw": retry_of})
+    causes = parse_causes(job.retry_failed)
+    commit = partial(commit_retry, writer=writer, config=job.download, old=old, causes=causes)
+    return shards.run_data_stage(
+        job, writer, commit, cpus=job.cpus_per_shard, parents={"raw": retry_of}
+    )
 
 
 def _read_list(job: DownloadPairsJob) -> UrlList:

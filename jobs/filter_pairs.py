@@ -16,12 +16,12 @@ from pipelines.data.filtering import (
     commit_filtered,
     commit_fingerprints,
     judge_shard,
-    pack,
 )
 from pipelines.data.overlap import Evaluation, read_evaluation
-from pipelines.data.picture_groups import find_groups
+from pipelines.data.picture_groups import DECISIONS, find_groups
 from pipelines.data.stage import DatasetWriter, Manifest
 from pipelines.data.storage import canonical_json
+from pipelines.data.travelling import pack
 
 OVERLAP = "overlap.json"
 
@@ -61,8 +61,7 @@ def filter_pairs(job: FilterPairsJob) -> dict[str, Any]:
     writer = _writer(job, raw, evaluation)
 
     def work(pending: list[str]) -> Mapping[str, float]:
-        cpus = shards.fitting_cpus(STAGE, job.cpus_per_shard)
-        prints = _fingerprints(job, raw, cpus)
+        prints = _fingerprints(job, raw)
         fraction = job.validation_fraction
         groups = find_groups(
             prints, job.near_duplicates, job.overlap, evaluation, validation_fraction=fraction
@@ -72,11 +71,13 @@ def filter_pairs(job: FilterPairsJob) -> dict[str, Any]:
         commit = partial(
             commit_filtered, raw=raw, prints=prints, writer=writer, validation_fraction=fraction
         )
-        rows = [pack(shard, groups.decisions) for shard in pending]
-        shards.read_all(
+        nothing = DECISIONS.empty_table()
+        shards.commit_each(
             writer,
-            lambda _: shards.one_block_each(rows).map(commit, num_cpus=cpus),
+            commit,
             pending,
+            cpus=job.cpus_per_shard,
+            row_of=lambda shard: {"decisions": pack(groups.decisions.get(shard, nothing))},
         )
         return groups.figures
 
@@ -90,7 +91,7 @@ def _raw(job: FilterPairsJob) -> Manifest:
     return raw
 
 
-def _fingerprints(job: FilterPairsJob, raw: Manifest, cpus: float) -> Manifest:
+def _fingerprints(job: FilterPairsJob, raw: Manifest) -> Manifest:
     """The dataset of fingerprints, of which an earlier run may have left a part."""
     writer = DatasetWriter(
         path=job.output.resolve() / FINGERPRINTS_DIRECTORY,
@@ -103,12 +104,7 @@ def _fingerprints(job: FilterPairsJob, raw: Manifest, cpus: float) -> Manifest:
     writer.claim()
     commit = partial(commit_fingerprints, raw=raw, writer=writer, config=job.filter, look=job.looks)
     if pending := writer.pending():
-        rows = [{"shard": shard} for shard in pending]
-        shards.read_all(
-            writer,
-            lambda _: shards.one_block_each(rows).map(commit, num_cpus=cpus),
-            pending,
-        )
+        shards.commit_each(writer, commit, pending, cpus=job.cpus_per_shard)
     return writer.seal()
 
 

@@ -4,15 +4,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jobs import runtime, shards
 from jobs.configs.import_pairs import PRESETS, ImportPairsJob
 from pipelines.data.importing import STAGE, commit_imported, digest, shard_names
 from pipelines.data.stage import DatasetWriter
-
-if TYPE_CHECKING:
-    from ray.data import Dataset
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,15 +35,8 @@ def import_pairs(job: ImportPairsJob) -> dict[str, Any]:
         sources={"images": str(folder)},
         shards=shard_names(folder),
     )
-
-    def graph(pending: list[str]) -> "Dataset":
-        rows = [{"shard": shard} for shard in pending]
-        work = partial(commit_imported, folder=folder, writer=writer, config=job.importing)
-        return shards.one_block_each(rows).map(
-            work, num_cpus=shards.fitting_cpus(STAGE, job.cpus_per_shard)
-        )
-
-    return shards.run_data_stage(job, writer, graph, parents={})
+    commit = partial(commit_imported, folder=folder, writer=writer, config=job.importing)
+    return shards.run_data_stage(job, writer, commit, cpus=job.cpus_per_shard, parents={})
 
 
 if __name__ == "__main__":

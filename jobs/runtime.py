@@ -90,6 +90,25 @@ def run_job(
         return _say(verb, error)
 
 
+def run_look(
+    verb: str, config: type[Any], body: Callable[[Any], int], argv: Sequence[str] | None
+) -> int:
+    """Parse the arguments and look at datasets, which needs neither presets nor Ray.
+
+    `body` prints and gives the exit code. What a user can mend exits with 2, a store that is away
+    with 1.
+    """
+    set_environment()
+    try:
+        return body(tyro.cli(config, args=argv, prog=f"python -m jobs.{verb}"))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"{verb}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{verb}: failed: {error}", file=sys.stderr)
+        return 1
+
+
 def parse(verb: str, presets: Mapping[str, tuple[str, "Job"]], argv: list[str]) -> Any:
     """The job's config, or an exit code if the arguments ask for help or are wrong."""
     if argv and not argv[0].startswith("-") and argv[0] not in presets:

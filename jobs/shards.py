@@ -24,17 +24,26 @@ if TYPE_CHECKING:
 
 REPORT = "report.html"
 
-# From the pending shards to a dataset of one row a shard; reading a row has its shard committed.
-Graph = Callable[[list[str]], "Dataset"]
+# What a worker is given besides a shard's name, by shard.
+RowOf = Callable[[str], Mapping[str, Any]]
+# Makes and commits the shard that a row names; the row may say `collapsed`: that the network died.
+Commit = Callable[[dict[str, Any]], dict[str, Any]]
 # Commits the pending shards and gives figures for the summary and MLflow.
 Work = Callable[[list[str]], Mapping[str, float]]
 
 
 def run_data_stage(
-    job: Job, writer: DatasetWriter, graph: Graph, *, parents: Mapping[str, Path | Location]
+    job: Job,
+    writer: DatasetWriter,
+    commit: Commit,
+    *,
+    cpus: float,
+    parents: Mapping[str, Path | Location],
+    row_of: RowOf = lambda _: {},
 ) -> dict[str, Any]:
-    """`run_stage` for a graph whose workers commit the shards themselves."""
-    return run_stage(job, writer, partial(read_all, writer, graph), parents=parents)
+    """`run_stage` where `commit_each` is all the work."""
+    work = partial(commit_each, writer, commit, cpus=cpus, row_of=row_of)
+    return run_stage(job, writer, work, parents=parents)
 
 
 def run_stage(
@@ -144,11 +153,20 @@ def _run_directory(output: Location) -> Iterator[Path]:
                     (output / name).replace((directory / name).read_bytes())
 
 
-def read_all(writer: DatasetWriter, graph: Graph, pending: list[str]) -> dict[str, float]:
-    """Have a graph commit the pending shards, and show how far it is."""
+def commit_each(
+    writer: DatasetWriter,
+    commit: Commit,
+    pending: list[str],
+    *,
+    cpus: float,
+    row_of: RowOf = lambda _: {},
+) -> dict[str, float]:
+    """Have workers commit the pending shards, a task each, and show how far they are."""
+    rows = [{"shard": shard, **row_of(shard)} for shard in pending]
+    done = one_block_each(rows).map(commit, num_cpus=fitting_cpus(writer.stage, cpus))
     with Progress(writer.stage, len(writer.shards), "shards") as progress:
         progress.set(len(writer.shards) - len(pending))
-        for row in graph(pending).iter_rows():
+        for row in done.iter_rows():
             if row.get("collapsed"):
                 raise NetworkCollapsed(row["collapsed"])
             progress.advance()

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from models.onednn import usable
+
 ENOUGH_ROWS = 64  # below, oneDNN takes longer to lay out the weights than to multiply
 CHUNK = 1 << 17  # numbers that GELU works on at a time: they stay in the second-level cache
 # tanh-GELU (Hendrycks and Gimpel, 2016, arXiv:1606.08415) is x·sigmoid(x·(LINEAR + CUBIC·x²)).
@@ -65,9 +67,7 @@ def _suits_onednn(x: Tensor) -> bool:
 @functools.cache
 def _has_onednn() -> bool:
     """The operator is the one that torch.compile uses on a CPU."""
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        return False
-    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return usable(torch.float32, ("_linear_pointwise",))
 
 
 class _Linear(torch.autograd.Function):

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-OPERATORS = ("_convolution_pointwise", "_convolution_pointwise_", "_reorder_convolution_weight")
+CONVOLUTION = ("_convolution_pointwise", "_convolution_pointwise_", "_reorder_convolution_weight")
 TILE = 4  # rows that RowWinograd makes at a time
 TAPS = TILE + 2  # rows that they depend on
 CHUNK_BYTES = 8 << 20  # of transformed rows at a time: they stay in the cache
@@ -26,11 +26,11 @@ KERNEL_FACTORS = (
 )
 
 
-def usable(dtype: torch.dtype) -> bool:
-    """Whether this torch and this processor have what this file needs."""
+def usable(dtype: torch.dtype, operators: tuple[str, ...] = CONVOLUTION) -> bool:
+    """Whether this torch has the operators, and this processor the instructions for a dtype."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
-    if not all(hasattr(torch.ops.mkldnn, name) for name in OPERATORS):
+    if not all(hasattr(torch.ops.mkldnn, name) for name in operators):
         return False
     if dtype == torch.bfloat16:  # elsewhere oneDNN has it only as a slow reference
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -11,9 +11,10 @@ from pipelines.data.causes import has_cause
 from pipelines.data.collapse import CollapseConfig, CollapseWatch, NetworkCollapsed
 from pipelines.data.fetch import FetchConfig, Fetched, Resolve, fetch_all
 from pipelines.data.img2dataset_engine import img2dataset_results
-from pipelines.data.resize import ResizeConfig, Resized, resize_picture
+from pipelines.data.resize import ResizeConfig, resize_picture
 from pipelines.data.schema import DROPPED, RAW
 from pipelines.data.stage import DatasetWriter, Manifest
+from pipelines.data.travelling import unpack
 
 STAGE = "download_pairs"
 NEVER_ASKED = frozenset({"bad_url", "forbidden_scheme", "forbidden_address"})
@@ -98,12 +99,12 @@ def retry_shard(
 def commit_download(
     item: dict[str, Any], *, writer: DatasetWriter, config: DownloadConfig
 ) -> dict[str, Any]:
-    """Download and commit one shard: `item` is its id and its rows, see `pack`.
+    """Download and commit one shard: `item` is its id and its packed rows.
 
     A dead network comes back as the word `collapsed`, because Ray Data 2.60 hands on what a worker
     raised without its type.
     """
-    rows = pa.ipc.open_stream(item["rows"]).read_all()
+    rows = unpack(item["rows"])
     try:
         kept, dropped = download_shard(rows, config)
     except NetworkCollapsed as error:
@@ -129,14 +130,6 @@ def commit_retry(
     return _commit(writer, item["shard"], kept, dropped, rows_in)
 
 
-def pack(rows: pa.Table) -> bytes:
-    """A shard of the list as one value, a fourth of the size that it would have as Python rows."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, rows.schema) as stream:
-        stream.write_table(rows)
-    return bytes(sink.getvalue())
-
-
 def _results(
     urls: Sequence[str], config: DownloadConfig, resolve: Resolve | None
 ) -> list[dict[str, Any]]:
@@ -150,10 +143,8 @@ def _results(
             watch.saw(fetched.reason)
         if fetched.reason:
             return {"reason": fetched.reason, "detail": fetched.detail}
-        resized = resize_picture(fetched.body, config.resize)
-        if resized.reason:
-            return {"reason": resized.reason, "detail": resized.detail}
-        return _stored(resized, hashlib.sha256(fetched.body).hexdigest())
+        digest = hashlib.sha256(fetched.body).hexdigest()
+        return resize_picture(fetched.body, config.resize).columns(digest)
 
     return fetch_all(urls, config.fetch, store, resolve)
 
@@ -163,17 +154,6 @@ def _commit(
 ) -> dict[str, Any]:
     commit = writer.commit(shard, kept, dropped, rows_in=rows_in, schema=RAW)
     return {"shard": commit.shard, "collapsed": ""}
-
-
-def _stored(resized: Resized, sha256: str) -> dict[str, Any]:
-    return {
-        "image": resized.image,
-        "width": resized.width,
-        "height": resized.height,
-        "original_width": resized.original_width,
-        "original_height": resized.original_height,
-        "sha256": sha256,
-    }
 
 
 def _order(row: dict[str, Any]) -> tuple[str, bool]:

@@ -2,19 +2,17 @@
 
 import io
 import json
-import os
 import tarfile
-import uuid
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from pipelines.data.stage import Manifest, open_parquet
-from pipelines.data.storage import sha256_file
+from pipelines.data.stage import READ_ROWS, Manifest, open_shard
+from pipelines.data.storage import replace_file_by, sha256_file
 
 STAGE = "export_webdataset"
 INDEX = "index.json"
@@ -29,17 +27,8 @@ def export_shard(manifest: Manifest, shard: str, folder: Path) -> dict[str, Any]
     """
     final = folder / f"{shard}.tar"
     if not final.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            with temporary.open("xb") as file:
-                _write(file, manifest, shard)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, final)
-        finally:
-            temporary.unlink(missing_ok=True)
-    rows = next(part.rows_out for part in manifest.shards if part.shard == shard)
+        replace_file_by(final, partial(_write, manifest=manifest, shard=shard))
+    rows = manifest.commit_of(shard).rows_out
     return {"file": final.name, "rows": rows, "sha256": sha256_file(final)}
 
 
@@ -69,9 +58,8 @@ def _members(manifest: Manifest, shard: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _rows(manifest: Manifest, shard: str) -> Iterator[dict[str, Any]]:
-    file = next(manifest.path / part.file for part in manifest.shards if part.shard == shard)
-    with pq.ParquetFile(open_parquet(file), buffer_size=1 << 20) as parquet:
-        for batch in parquet.iter_batches(64, use_threads=False):
+    with open_shard(manifest.path / manifest.commit_of(shard).file) as parquet:
+        for batch in parquet.iter_batches(READ_ROWS, use_threads=False):
             yield from batch.to_pylist()
 
 

@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.data.decode import UnusablePicture, decode_picture
-from pipelines.data.picture_groups import DECISIONS
 from pipelines.data.picture_hashes import picture_hashes
 from pipelines.data.row_rules import RowRulesConfig, judge
 from pipelines.data.schema import DROPPED, FILTERED, FINGERPRINTS
 from pipelines.data.split import TRAIN, VALIDATION, is_validation, train_first
 from pipelines.data.stage import DatasetWriter, Manifest
+from pipelines.data.travelling import unpack
 
 STAGE = "filter_pairs"
 FINGERPRINTS_STAGE = "fingerprint_pictures"
@@ -116,26 +116,18 @@ def commit_filtered(
     writer: DatasetWriter,
     validation_fraction: float,
 ) -> dict[str, Any]:
-    """Filter and commit one shard: `item` is its id and what was decided, see `pack`."""
+    """Filter and commit one shard: `item` is its id and the packed decisions."""
     shard = item["shard"]
     table = raw.read(shard)
     kept, dropped = filter_shard(
         table,
         prints.read(shard, ["key", "content"]),
         prints.read_dropped(shard),
-        pa.ipc.open_stream(item["decisions"]).read_all(),
+        unpack(item["decisions"]),
         validation_fraction=validation_fraction,
     )
     commit = writer.commit(shard, kept, dropped, rows_in=table.num_rows, schema=FILTERED)
     return {"shard": commit.shard}
-
-
-def pack(shard: str, decisions: Mapping[str, pa.Table]) -> dict[str, Any]:
-    """A shard's work as it travels: bytes, not an object a row."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, DECISIONS) as stream:
-        stream.write_table(decisions.get(shard, DECISIONS.empty_table()))
-    return {"shard": shard, "decisions": sink.getvalue().to_pybytes()}
 
 
 def _also(

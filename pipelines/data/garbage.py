@@ -36,8 +36,7 @@ def collect(place: Location) -> Collected:
 
 def garbage(place: Location) -> Iterator[Entry]:
     """The files that `collect` removes."""
-    # The files are listed before the records are read: a shard that is committed between the two
-    # has its record seen.
+    # One listing tells of files and of records: what is committed later waits.
     files = place.list()
     records = {entry.name for entry in files if entry.name.startswith(f"{COMMITS}/")}
     commits = {
@@ -60,8 +59,13 @@ def garbage(place: Location) -> Iterator[Entry]:
 def shard_of(name: str) -> str:
     """The shard that an attempt's file is of; empty for any other file."""
     folder, _, file = name.partition("/")
-    parts = file.removesuffix(".parquet").removesuffix(".dropped").rpartition(".")
-    return parts[0] if folder == ATTEMPTS and file.endswith(".parquet") else ""
+    is_attempt = folder == ATTEMPTS and file.endswith(".parquet")
+    return attempt_of(file).rpartition(".")[0] if is_attempt else ""
+
+
+def attempt_of(name: str) -> str:
+    """What the two files of one attempt have in common."""
+    return name.removesuffix(".parquet").removesuffix(".dropped")
 
 
 def is_temporary(name: str) -> bool:

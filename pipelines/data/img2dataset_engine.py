@@ -14,7 +14,7 @@ from typing import Any
 
 from pipelines.data.collapse import CollapseWatch
 from pipelines.data.fetch import FetchConfig
-from pipelines.data.resize import PNG_COMPRESSION, ResizeConfig
+from pipelines.data.resize import PNG_COMPRESSION, ResizeConfig, Resized
 from pipelines.data.url_vetting import AGENT, OPT_OUT
 
 # Its messages are the errors' own words; ours are names that do not vary.
@@ -75,14 +75,14 @@ def _resized(resizer: Any, body: io.BytesIO) -> dict[str, Any]:
     image, width, height, original_width, original_height, error = resizer(body)
     if error is not None:
         return _lost("too_many_pixels" if error == "image area too large" else "broken_picture")
-    return {
-        "image": image,
-        "width": width,
-        "height": height,
-        "original_width": original_width,
-        "original_height": original_height,
-        "sha256": sha256,
-    }
+    resized = Resized(
+        image=image,
+        width=width,
+        height=height,
+        original_width=original_width,
+        original_height=original_height,
+    )
+    return resized.columns(sha256)
 
 
 def _lost(reason: str) -> dict[str, Any]:

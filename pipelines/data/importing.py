@@ -120,21 +120,15 @@ def _judge(row: Mapping[str, Any], config: ImportConfig) -> dict[str, Any]:
     image = row["picture"]
     if not image:
         return {"reason": "picture_missing", "detail": "in the foreign dataset"}
-    resized = resize_picture(image, config.resize)
-    if resized.reason:
-        return {"reason": resized.reason, "detail": resized.detail}
-    width, height = (row[side] for side in SIDES)
-    if not all(isinstance(side, int) and 0 < side < MAX_SIDE for side in (width, height)):
-        width, height = resized.original_width, resized.original_height
     told = row["sha256"] or ""
-    return {
-        "image": resized.image,
-        "width": resized.width,
-        "height": resized.height,
-        "original_width": width,
-        "original_height": height,
-        "sha256": told if re.fullmatch("[0-9a-f]{64}", told) else hashlib.sha256(image).hexdigest(),
-    }
+    sha256 = told if re.fullmatch("[0-9a-f]{64}", told) else hashlib.sha256(image).hexdigest()
+    found = resize_picture(image, config.resize).columns(sha256)
+    sides = {side: row[side] for side in SIDES}
+    if "reason" not in found and all(
+        isinstance(side, int) and 0 < side < MAX_SIDE for side in sides.values()
+    ):
+        found |= sides
+    return found
 
 
 def drop_reason(row: Mapping[str, Any]) -> str:

@@ -11,21 +11,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines.data.crops import Crop, random_crop
 from pipelines.data.decode import UnusablePicture, decode_picture
 from pipelines.data.encoding_config import EncodingConfig
 from pipelines.data.schema import DROPPED, SPLIT
 from pipelines.data.split import check_column
-from pipelines.data.stage import open_parquet
+from pipelines.data.stage import READ_ROWS, open_shard
 from pipelines.data.storage import Location
 
 INPUT_COLUMNS = ["key", "url", "caption", "image", "split"]
-READ_ROWS = 64
-"""Pictures that are read at once: a whole shard of them may not fit in memory."""
-READ_BYTES = 1 << 20
-"""Of a column that are read at once; 0, Arrow's default, would read the shard's whole column."""
 
 KEPT = pa.schema(
     [
@@ -137,13 +132,10 @@ class _Block:
 
 
 def _read_pairs(file: Path | Location) -> Iterator[dict[str, Any]]:
-    try:
-        with pq.ParquetFile(open_parquet(Location(file)), buffer_size=READ_BYTES) as parquet:
-            check_column(parquet.schema_arrow, str(file))
-            for batch in parquet.iter_batches(READ_ROWS, columns=INPUT_COLUMNS, use_threads=False):
-                yield from batch.to_pylist()
-    except (pa.ArrowInvalid, FileNotFoundError) as error:
-        raise ValueError(f"{file} must be a readable Parquet file: {error}") from error
+    with open_shard(Location(file)) as parquet:
+        check_column(parquet.schema_arrow, str(file))
+        for batch in parquet.iter_batches(READ_ROWS, columns=INPUT_COLUMNS, use_threads=False):
+            yield from batch.to_pylist()
 
 
 def _crops(

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-import gcld3
 import numpy as np
 
 from pipelines.data.page import short
 from pipelines.data.report_sampling import Sampled
+from pipelines.data.row_rules import detector
 
 WIDTH, HEIGHT = 480.0, 130.0
 MAX_BARS = 12
@@ -113,13 +113,12 @@ def _aspects(sides: Sequence[tuple[int, int]]) -> list[tuple[str, int]]:
 
 
 def _languages(captions: Sequence[str]) -> list[tuple[str, int]]:
-    detector = gcld3.NNetLanguageIdentifier(min_num_bytes=0, max_num_bytes=1000)
     found: Counter[str] = Counter()
     for caption in captions[:LANGUAGE_CAPTIONS]:
         if sum(letter.isalpha() for letter in caption) < LANGUAGE_LETTERS:
             found["short"] += 1
             continue
-        guess = detector.FindLanguage(caption)
+        guess = detector().FindLanguage(caption)
         found[guess.language if guess.is_reliable else "unsure"] += 1
     rest = found.most_common()[MAX_BARS - 1 :]
     counts = found.most_common(MAX_BARS - 1)

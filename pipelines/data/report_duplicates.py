@@ -23,8 +23,7 @@ MAX_ROWS = 100_000  # that are held to find the largest clusters
 def clusters(manifest: Manifest, parent: Manifest | None) -> list[dict[str, Any]]:
     """The largest clusters: dropped rows whose detail names the same picture, or the same row.
 
-    An exact duplicate's detail is the beginning of its picture's digest, a near duplicate's the key
-    of the row that was kept in its place.
+    The detail is the key of the row that was kept in its place.
     """
     members: dict[tuple[str, str], list[dict[str, Any]]] = {}
     held = 0
@@ -39,20 +38,18 @@ def clusters(manifest: Manifest, parent: Manifest | None) -> list[dict[str, Any]
             "kind": KINDS[reason],
             "detail": short(detail),
             "count": len(rows),
-            "rows": _shown(reason, detail, rows[:MAX_SHOWN], parent),
+            "rows": _shown(detail, rows[:MAX_SHOWN], parent),
         }
         for (reason, detail), rows in largest
     ]
 
 
 def _shown(
-    reason: str, detail: str, rows: Sequence[dict[str, Any]], parent: Manifest | None
+    detail: str, rows: Sequence[dict[str, Any]], parent: Manifest | None
 ) -> list[dict[str, Any]]:
     """The members' pictures, after that of the row that was kept if it is in their shards."""
     shards = sorted({row["of"] for row in rows})
-    keys = {row["key"] for row in rows}
-    if reason == NEAR:
-        keys.add(detail)
+    keys = {row["key"] for row in rows} | {detail}
     images: dict[str, str] = {}
     for shard in shards:
         images |= pictures_of(parent, shard, keys - set(images))

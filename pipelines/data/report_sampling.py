@@ -8,12 +8,10 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from pipelines.data.page import inline_picture, short
-from pipelines.data.stage import Manifest, open_parquet
+from pipelines.data.stage import READ_ROWS, Manifest, open_shard
 
 SAMPLED_SHARDS = 8
 ROWS_PER_SHARD = 4096  # of each sampled shard, kept and dropped each
@@ -65,16 +63,13 @@ def first_rows(
             break
     else:
         return
-    try:
-        with pq.ParquetFile(open_parquet(file), buffer_size=1 << 20) as parquet:
-            columns = [name for name in parquet.schema_arrow.names if name not in without]
-            for batch in parquet.iter_batches(64, columns=columns, use_threads=False):
-                yield from batch.slice(0, count).to_pylist()
-                count -= batch.num_rows
-                if count <= 0:
-                    return
-    except (pa.ArrowInvalid, FileNotFoundError) as error:
-        raise ValueError(f"{file} must be a readable Parquet file: {error}") from error
+    with open_shard(file) as parquet:
+        columns = [name for name in parquet.schema_arrow.names if name not in without]
+        for batch in parquet.iter_batches(READ_ROWS, columns=columns, use_threads=False):
+            yield from batch.slice(0, count).to_pylist()
+            count -= batch.num_rows
+            if count <= 0:
+                return
 
 
 def kept_pictures(manifest: Manifest) -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ import struct
 import warnings
 import zlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -71,6 +71,19 @@ class Resized:
     original_height: int = 0
     reason: str = ""
     detail: str = ""
+
+    def columns(self, sha256: str) -> dict[str, Any]:
+        """A raw row's columns of a picture whose bytes had this digest, or reason and detail."""
+        if self.reason:
+            return {"reason": self.reason, "detail": self.detail}
+        return {
+            "image": self.image,
+            "width": self.width,
+            "height": self.height,
+            "original_width": self.original_width,
+            "original_height": self.original_height,
+            "sha256": sha256,
+        }
 
 
 def resize_picture(data: bytes, config: ResizeConfig) -> Resized:

@@ -192,13 +192,14 @@ def _has_letters(captions: pa.Array, least: int) -> np.ndarray:
 
 def _foreign(caption: str, least: float) -> str | None:
     """The language if cld3 is certain that it is not English."""
-    found = _detector().FindLanguage(caption)
+    found = detector().FindLanguage(caption)
     certain = found.is_reliable and found.probability >= least
     return found.language if certain and found.language != "en" else None
 
 
 @lru_cache(maxsize=1)
-def _detector() -> Any:
+def detector() -> Any:
+    """This process's cld3."""
     import gcld3
 
     return gcld3.NNetLanguageIdentifier(min_num_bytes=0, max_num_bytes=CLD3_MAX_BYTES)

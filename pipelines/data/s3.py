@@ -54,10 +54,13 @@ def get(bucket: str, key: str) -> Found:
     return _retry(once, bucket, key)
 
 
-def head(bucket: str, key: str) -> tuple[int, float]:
-    """Bytes and time of writing (Unix seconds); raises FileNotFoundError if there is none."""
-    found = _retry(lambda: client().head_object(Bucket=bucket, Key=key), bucket, key)
-    return int(found["ContentLength"]), found["LastModified"].timestamp()
+def exists(bucket: str, key: str) -> bool:
+    """True if there is an object of just this name."""
+    try:
+        _retry(lambda: client().head_object(Bucket=bucket, Key=key), bucket, key)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def put(bucket: str, key: str, data: bytes) -> None:

@@ -9,7 +9,8 @@ readers trust.
 import hashlib
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -24,6 +25,10 @@ from pipelines.data.schema import DROPPED
 from pipelines.data.storage import Location, canonical_json
 
 MANIFEST, COMMITS, ATTEMPTS = "manifest.json", "commits", "attempts"
+READ_ROWS = 64
+"""Rows that are read at once by those who open a shard with `open_shard`."""
+READ_BYTES = 1 << 20
+"""Of a column that are read at once; 0, Arrow's default, would read the shard's whole column."""
 
 
 class NotADataset(ValueError):
@@ -91,10 +96,7 @@ class Manifest:
     @property
     def dropped(self) -> dict[str, int]:
         """Rows dropped by reason, most frequent first."""
-        total: Counter[str] = Counter()
-        for shard in self.shards:
-            total.update(shard.dropped)
-        return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+        return sum_reasons(shard.dropped for shard in self.shards)
 
     @property
     def digest(self) -> str:
@@ -112,19 +114,19 @@ class Manifest:
 
     def read(self, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
         """The kept rows of one shard."""
-        commit = self._commit(shard)
-        return _read_parquet(self.path / commit.file, columns)
+        return _read_parquet(self.path / self.commit_of(shard).file, columns)
 
     def read_dropped(self, shard: str) -> pa.Table:
         """The dropped rows of one shard, with reasons."""
-        return _read_parquet(self.path / self._commit(shard).dropped_file, None)
+        return _read_parquet(self.path / self.commit_of(shard).dropped_file, None)
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The kept rows, shard by shard."""
         for shard in self.shards:
             yield self.read(shard.shard, columns)
 
-    def _commit(self, shard: str) -> ShardCommit:
+    def commit_of(self, shard: str) -> ShardCommit:
+        """Raises ValueError if there is no such shard."""
         for commit in self.shards:
             if commit.shard == shard:
                 return commit
@@ -225,6 +227,14 @@ class DatasetWriter:
         return self.place / COMMITS / f"{shard}.json"
 
 
+def sum_reasons(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Rows by reason of several shards together, most frequent first."""
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part)
+    return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+
+
 def read_commit(file: Location) -> ShardCommit:
     """What a commit record says; raises plan.DamagedFile if it is none."""
     content = plan.read_json(file)
@@ -266,6 +276,19 @@ def _read_parquet(file: Location, columns: Sequence[str] | None) -> pa.Table:
 def open_parquet(file: Location) -> Path | pa.BufferReader:
     """What pyarrow reads a file from; a file in S3 is fetched whole. Raises FileNotFoundError."""
     return pa.BufferReader(file.read()) if file.is_s3 else file.path
+
+
+@contextmanager
+def open_shard(file: Location) -> Iterator[pq.ParquetFile]:
+    """A file to be read in small batches: a whole shard of pictures may not fit in memory.
+
+    Raises ValueError if it is not there or no readable Parquet file.
+    """
+    try:
+        with pq.ParquetFile(open_parquet(file), buffer_size=READ_BYTES) as parquet:
+            yield parquet
+    except (pa.ArrowInvalid, FileNotFoundError) as error:
+        raise ValueError(f"{file} must be a readable Parquet file: {error}") from error
 
 
 def _count_reasons(dropped: pa.Table) -> dict[str, int]:

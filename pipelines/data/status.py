@@ -1,11 +1,10 @@
 """How far a dataset is: what each of its shards holds, lost, cost and left behind."""
 
-from collections import Counter
 from dataclasses import dataclass
 
 from pipelines.data import plan
-from pipelines.data.garbage import shard_of
-from pipelines.data.stage import COMMITS, MANIFEST, NotADataset, read_commit
+from pipelines.data.garbage import attempt_of, shard_of
+from pipelines.data.stage import COMMITS, MANIFEST, NotADataset, read_commit, sum_reasons
 from pipelines.data.storage import Location
 
 
@@ -42,10 +41,7 @@ class DatasetStatus:
     @property
     def dropped(self) -> dict[str, int]:
         """Rows dropped by reason so far, most frequent first."""
-        total: Counter[str] = Counter()
-        for shard in self.shards:
-            total.update(shard.dropped)
-        return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+        return sum_reasons(shard.dropped for shard in self.shards)
 
 
 def status(place: Location) -> DatasetStatus:
@@ -67,9 +63,9 @@ def status(place: Location) -> DatasetStatus:
         names = attempts.get(shard, [])
         record = files.get(f"{COMMITS}/{shard}.json")
         commit = None if record is None else read_commit(place / record.name)
-        tries = {name.removesuffix(".parquet").removesuffix(".dropped") for name in names}
+        tries = {attempt_of(name) for name in names}
         if commit is not None:
-            tries.discard(commit.file.removesuffix(".parquet"))
+            tries.discard(attempt_of(commit.file))
         return ShardStatus(
             shard=shard,
             committed=commit is not None,

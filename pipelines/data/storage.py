@@ -5,9 +5,10 @@ import json
 import os
 import re
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from pipelines.data import s3
 
@@ -99,19 +100,9 @@ class Location:
         """The whole file; raises FileNotFoundError."""
         return s3.get(*self.object_name()).data if self.is_s3 else self.path.read_bytes()
 
-    def read_bytes(self) -> bytes:
-        """`read`, under the name that a path has for it."""
-        return self.read()
-
     def exists(self) -> bool:
         """True if there is a file of just this name (locally, or a directory)."""
-        if not self.is_s3:
-            return self.path.exists()
-        try:
-            s3.head(*self.object_name())
-        except FileNotFoundError:
-            return False
-        return True
+        return s3.exists(*self.object_name()) if self.is_s3 else self.path.exists()
 
     def list(self) -> "list[Entry]":
         """All files below this place, by name; none if there is no such place."""
@@ -138,7 +129,7 @@ class Location:
         if self.is_s3:
             s3.put(*self.object_name(), data)
         else:
-            _write_new(self.path, data)
+            _write_new(self.path, lambda file: file.write(data))
             _sync_directory(self.path.parent)
 
     def delete(self) -> None:
@@ -192,7 +183,8 @@ def create_once(path: Path, data: bytes) -> bool:
     The bytes go to a private name, reach the disk, and are linked to the final one: `link` fails if
     the name is taken, so two writers cannot both win and no reader sees half a file.
     """
-    temporary = _write_temporary(path, data)
+    temporary = _temporary_of(path)
+    _write_new(temporary, lambda file: file.write(data))
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -205,28 +197,32 @@ def create_once(path: Path, data: bytes) -> bool:
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file whose older content, if any, may be replaced; readers see the old or the new."""
-    temporary = _write_temporary(path, data)
+    replace_file_by(path, lambda file: file.write(data))
+
+
+def replace_file_by(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """`replace_file` with what `write` writes, which need not fit in memory."""
+    temporary = _temporary_of(path)
+    _write_new(temporary, write)
     os.replace(temporary, path)
     _sync_directory(path.parent)
 
 
-def _write_temporary(path: Path, data: bytes) -> Path:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    _write_new(temporary, data)
-    return temporary
+def _temporary_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
-def _write_new(path: Path, data: bytes) -> None:
-    """To the disk, under a name that must be free; nothing of it stays if the disk is full."""
+def _write_new(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """To the disk, under a name that must be free; nothing of it stays if writing fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with path.open("xb") as file:
-            file.write(data)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
     except FileExistsError:
         raise
-    except OSError:
+    except BaseException:
         path.unlink(missing_ok=True)
         raise
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import LayerKind
+from models.onednn import usable
 from models.prior import AttentionResblock, MLPResblock, Prior
 
 Precision = Literal["fp32", "bf16"]
@@ -143,9 +144,4 @@ class PackedPrior:
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this build and this CPU have oneDNN's linear layer in that precision."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    ops = torch.ops.mkldnn
-    if not (hasattr(ops, "_linear_pointwise") and hasattr(ops, "_reorder_linear_weight")):
-        return False
-    return dtype == torch.float32 or bool(ops._is_mkldnn_bf16_supported())
+    return device.type == "cpu" and usable(dtype, ("_linear_pointwise", "_reorder_linear_weight"))

@@ -128,8 +128,8 @@ def open_run(
 
 def run_id_of(directory: Path | Location) -> str:
     """The MLflow run that made an output; empty if MLflow was away."""
-    file = directory / RUN_FILE
-    return str(json.loads(file.read_bytes())["run_id"]) if file.exists() else ""
+    file = Location(directory) / RUN_FILE
+    return str(json.loads(file.read())["run_id"]) if file.exists() else ""
 
 
 def _reopen_run(directory: Path, uri: str) -> str | None:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,21 +10,18 @@ from PIL import Image
 
 from jobs import download_pairs
 from pipelines.data.stage import Manifest
-from tests.fixtures.evil_web import EvilServer
+from tests.fixtures.evil_web import EvilServer, running_evil_web
 
 ROWS_PER_SHARD = 16
 
 
 @pytest.fixture
 def server() -> Iterator[EvilServer]:
-    with EvilServer() as server:
+    with running_evil_web() as server:
         buffer = io.BytesIO()
         Image.new("RGB", (40, 50), "teal").save(buffer, "PNG")
         server.picture = buffer.getvalue()
-        threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
-        server.done.set()
-        server.shutdown()
 
 
 def arguments(output: Path) -> list[str]:

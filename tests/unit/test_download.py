@@ -1,7 +1,6 @@
 """A shard of a download: retried by cause, stopped when the network dies, by either engine."""
 
 import io
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -17,7 +16,7 @@ from pipelines.data.img2dataset_engine import reason_of
 from pipelines.data.resize import ResizeConfig, resize_picture
 from pipelines.data.schema import RAW
 from pipelines.data.urls import pair_key
-from tests.fixtures.evil_web import EvilServer
+from tests.fixtures.evil_web import EvilServer, running_evil_web
 
 CONFIG = DownloadConfig(
     fetch=FetchConfig(allow_loopback=True, timeout_s=5, retries=0, concurrency=4),
@@ -27,14 +26,11 @@ CONFIG = DownloadConfig(
 
 @pytest.fixture
 def server() -> Iterator[EvilServer]:
-    with EvilServer() as server:
+    with running_evil_web() as server:
         buffer = io.BytesIO()
         Image.new("RGB", (40, 50), "teal").save(buffer, "PNG")
         server.picture = buffer.getvalue()
-        threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
-        server.done.set()
-        server.shutdown()
 
 
 def shard(urls: list[str]) -> pa.Table:

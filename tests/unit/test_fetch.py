@@ -14,7 +14,7 @@ import pytest
 
 from pipelines.data.causes import has_cause, parse_causes, retry_after_seconds
 from pipelines.data.fetch import FetchConfig, Fetched, fetch_all
-from tests.fixtures.evil_web import EvilServer
+from tests.fixtures.evil_web import EvilServer, running_evil_web
 
 TRIAL = FetchConfig(allow_loopback=True, timeout_s=5, retries=1, backoff_s=0.01, max_bytes=100_000)
 PUBLIC = FetchConfig(timeout_s=5, retries=0)
@@ -22,12 +22,8 @@ PUBLIC = FetchConfig(timeout_s=5, retries=0)
 
 @pytest.fixture
 def server() -> Iterator[EvilServer]:
-    with EvilServer() as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
+    with running_evil_web() as server:
         yield server
-        server.done.set()
-        server.shutdown()
 
 
 def fetch(url: str, config: FetchConfig = TRIAL) -> Fetched:

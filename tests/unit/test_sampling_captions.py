@@ -9,24 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.prior import PAD_ID, START_ID, Prior, PriorConfig
+from models.prior import PAD_ID, START_ID, Prior
 from pipelines.sampling.captions import complete_caption
 from pipelines.sampling.diagnosis import NonFiniteLogits
 from pipelines.sampling.drawing import SamplingConfig
 from pipelines.sampling.engine import Start
 from pipelines.sampling.packing import PackedPrior
-from tests.fixtures.models import random_prior, tiny_models
+from tests.fixtures.models import SMALL, random_prior, tiny_models
 
-SMALL = PriorConfig(
-    n_layers=4,
-    n_heads=2,
-    d_model=32,
-    text_len=5,
-    text_vocab_size=20,
-    grid=6,
-    image_vocab_size=16,
-    conv_kernel=3,
-)
 CAPTION = torch.tensor([[START_ID, 7, 13, PAD_ID, PAD_ID]])
 
 

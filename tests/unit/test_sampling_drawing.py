@@ -9,32 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.prior import PAD_ID, START_ID, Prior, PriorConfig
+from models.prior import Prior
 from pipelines.sampling.drawing import SamplingConfig, draw, nucleus, uniform_draws
 from pipelines.sampling.image_tokens import null_prompt, sample_image_tokens
 from pipelines.sampling.packing import PackedPrior
-from tests.fixtures.models import random_prior
+from tests.fixtures.models import SMALL, prompts, random_prior
 
-SMALL = PriorConfig(
-    n_layers=4,
-    n_heads=2,
-    d_model=32,
-    text_len=5,
-    text_vocab_size=20,
-    grid=6,
-    image_vocab_size=16,
-    conv_kernel=3,
-)
 # So small that all its pictures can be counted.
 WEE = dataclasses.replace(SMALL, n_layers=2, grid=2, image_vocab_size=3)
-
-
-def prompts(count: int, config: PriorConfig) -> Tensor:
-    generator = torch.Generator().manual_seed(5)
-    text = torch.randint(2, config.text_vocab_size, (count, config.text_len), generator=generator)
-    text[:, 0] = START_ID
-    text[:, 3:] = PAD_ID
-    return text
 
 
 def kept(probabilities: list[float], config: SamplingConfig) -> list[float]:

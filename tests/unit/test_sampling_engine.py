@@ -10,38 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.prior import PAD_ID, START_ID, PriorConfig
 from pipelines.sampling.diagnosis import NonFiniteLogits
 from pipelines.sampling.drawing import ALL_CODES, LARGEST_SEED, SamplingConfig
 from pipelines.sampling.engine import Sampler, Start
 from pipelines.sampling.image_tokens import sample_image_tokens
 from pipelines.sampling.packing import PackedPrior
 from pipelines.training.weights import load_stage_one
-from tests.fixtures.models import TINY, TinyModels, random_prior, tiny_models
-
-SMALL = PriorConfig(
-    n_layers=4,
-    n_heads=2,
-    d_model=32,
-    text_len=5,
-    text_vocab_size=20,
-    grid=6,
-    image_vocab_size=16,
-    conv_kernel=3,
-)
+from tests.fixtures.models import SMALL, TINY, TinyModels, prompts, random_prior, tiny_models
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     return tiny_models(tmp_path_factory.mktemp("models"), rows=8)
-
-
-def prompts(count: int, config: PriorConfig = SMALL) -> Tensor:
-    generator = torch.Generator().manual_seed(5)
-    text = torch.randint(2, config.text_vocab_size, (count, config.text_len), generator=generator)
-    text[:, 0] = START_ID
-    text[:, 3:] = PAD_ID
-    return text
 
 
 def test_a_seed_gives_the_same_tokens_in_any_batch() -> None:
