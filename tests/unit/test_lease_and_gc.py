@@ -81,9 +81,14 @@ def test_another_plan_and_strangers_files_are_refused_in_s3(bucket: str) -> None
         plan.claim(Location(f"s3://{bucket}/mine"), stage="a", config={}, inputs={})
 
 
+def unclaimed(place: Location, shards: list[str]) -> DatasetWriter:
+    return DatasetWriter(
+        path=place, stage="count_keys", config={}, inputs={}, sources={}, shards=shards
+    )
+
+
 def test_what_a_late_worker_commits_is_never_removed(place: Location) -> None:
-    made = DatasetWriter(**{**vars(writer(Path("unused"), shards=0)), "path": place})
-    made = DatasetWriter(**{**vars(made), "shards": ["00000", "00001"]})
+    made = unclaimed(place, ["00000", "00001"])
     late = LateWorker(made, "00000", kept=4)
     commit(made, "00001")
     assert garbage.collect(place).files == 0  # its shard has no record: it may still count
@@ -95,9 +100,7 @@ def test_what_a_late_worker_commits_is_never_removed(place: Location) -> None:
 
 
 def test_an_attempt_that_lost_is_removed_and_its_worker_changes_nothing(place: Location) -> None:
-    made = DatasetWriter(
-        **{**vars(writer(Path("unused"), shards=0)), "path": place, "shards": ["00000"]}
-    )
+    made = unclaimed(place, ["00000"])
     late = LateWorker(made, "00000", kept=4)
     commit(made, "00000", kept=2)
     removed = garbage.collect(place)
