@@ -6,7 +6,7 @@ AWS_ACCESS_KEY_ID, ~/.aws, the machine's role), never from a config.
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
@@ -40,14 +40,17 @@ class Found:
 
 
 def get(bucket: str, key: str) -> Found:
-    """Raises FileNotFoundError if there is none; a body that is cut off is asked for again."""
+    """Raises FileNotFoundError if there is none; an answer that is cut off is asked for again."""
 
     def once() -> Found:
         response = client().get_object(Bucket=bucket, Key=key)
+        headers = response["ResponseMetadata"]["HTTPHeaders"]
+        _expect(response, "ContentLength", "ETag", "LastModified")
+        _expect(headers, "date")
         data = response["Body"].read()
         if len(data) != response["ContentLength"]:
             raise ConnectionError(f"{len(data)} of {response['ContentLength']} bytes came")
-        now = parsedate_to_datetime(response["ResponseMetadata"]["HTTPHeaders"]["date"])
+        now = parsedate_to_datetime(headers["date"])
         age = (now - response["LastModified"]).total_seconds()
         return Found(data=data, version=response["ETag"], age_s=max(0.0, age))
 
@@ -103,7 +106,19 @@ def listing(bucket: str, prefix: str) -> list[tuple[str, int, float]]:
 
 
 def _list_page(bucket: str, prefix: str, more: dict[str, str]) -> dict[str, Any]:
-    return dict(client().list_objects_v2(Bucket=bucket, Prefix=prefix, **more))
+    page = dict(client().list_objects_v2(Bucket=bucket, Prefix=prefix, **more))
+    _expect(page, "IsTruncated")
+    return page
+
+
+def _expect(answer: Mapping[str, Any], *names: str) -> None:
+    """Raise ConnectionError if an answer has not all of these.
+
+    Of an answer that is cut off within its head, botocore 1.44 makes one with an empty body: a
+    listing without objects, say.
+    """
+    if missing := [name for name in names if name not in answer]:
+        raise ConnectionError(f"an answer came without {', '.join(missing)}")
 
 
 @lru_cache(maxsize=1)
@@ -164,6 +179,7 @@ def _retry(call: Callable[[], Result], bucket: str, key: str) -> Result:
     )
 
     where = f"s3://{bucket}/{key}"
+    client()  # an address that is none is no fault of the network's
     for attempt in range(ATTEMPTS):
         try:
             return call()
@@ -177,7 +193,7 @@ def _retry(call: Callable[[], Result], bucket: str, key: str) -> Result:
         except ClientError as error:
             _raise_final(error.response, bucket, where)
             last: Exception = error
-        except (BotoCoreError, OSError) as error:
+        except (BotoCoreError, OSError, ValueError) as error:  # ValueError: of a cut date in a head
             last = error
         if attempt + 1 < ATTEMPTS:
             time.sleep(random.uniform(0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt)))
