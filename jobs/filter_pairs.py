@@ -8,7 +8,7 @@ from typing import Any
 
 from jobs import runtime, shards
 from jobs.configs.filter_pairs import PRESETS, FilterPairsJob
-from pipelines.data import download, estimates, importing, schema
+from pipelines.data import download, estimates, garbage, importing, schema
 from pipelines.data.filtering import (
     FINGERPRINTS_DIRECTORY,
     FINGERPRINTS_STAGE,
@@ -81,7 +81,9 @@ def filter_pairs(job: FilterPairsJob) -> dict[str, Any]:
         )
         return groups.figures
 
-    return shards.run_stage(job, writer, work, parents={"raw": job.raw})
+    done = shards.run_stage(job, writer, work, parents={"raw": job.raw})
+    garbage.collect(job.output / FINGERPRINTS_DIRECTORY)
+    return done
 
 
 def _raw(job: FilterPairsJob) -> Manifest:

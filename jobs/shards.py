@@ -65,7 +65,7 @@ def run_stage(
         else:
             with _run_directory(writer.place) as directory:
                 manifest, figures = _run(job, writer, work, parents, directory)
-            garbage.collect(writer.place)
+        garbage.collect(writer.place)  # also of a driver that died after its last shard
     return {
         "stage": manifest.stage,
         "rows_in": manifest.rows_in,

@@ -39,6 +39,10 @@ def garbage(place: Location) -> Iterator[Entry]:
     # One listing tells of files and of records: what is committed later waits.
     files = place.list()
     records = {entry.name for entry in files if entry.name.startswith(f"{COMMITS}/")}
+    sealed = any(entry.name == MANIFEST for entry in files)
+    attempts = sum(bool(shard_of(entry.name)) for entry in files)
+    if sealed and attempts == 2 * len(records) and not any(is_temporary(e.name) for e in files):
+        return  # each record names two files, which are there: none is left over
     commits = {
         name: read_commit(place / name)
         for name in sorted(records)
@@ -46,7 +50,6 @@ def garbage(place: Location) -> Iterator[Entry]:
     }
     named = {name for commit in commits.values() for name in (commit.file, commit.dropped_file)}
     committed = {commit.shard for commit in commits.values()}
-    sealed = any(entry.name == MANIFEST for entry in files)
     for entry in files:
         if is_temporary(entry.name):
             # A killed writer's, of a record or of a report; all records are there if it is sealed.

@@ -6,6 +6,7 @@ connection carries one request.
 """
 
 import asyncio
+import contextlib
 import random
 import re
 import socket
@@ -235,10 +236,8 @@ async def _read_chunks(reader: asyncio.StreamReader) -> bytes:
 
 
 async def _until_gone(reader: asyncio.StreamReader, seconds: float) -> None:
-    try:
+    with contextlib.suppress(TimeoutError, ConnectionError):
         await asyncio.wait_for(reader.read(1), seconds)
-    except (TimeoutError, ConnectionError):
-        pass
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

@@ -46,7 +46,7 @@ def is_there(server: S3Server, bucket: str, key: str) -> bool:
 def test_without_faults_it_is_the_server(client: Any, bucket: str, proxy: FaultProxy) -> None:
     client.put_object(Bucket=bucket, Key="a", Body=BODY)
     assert client.get_object(Bucket=bucket, Key="a")["Body"].read() == BODY
-    with pytest.raises(ClientError, match="412|PreconditionFailed"):
+    with pytest.raises(ClientError, match="PreconditionFailed"):
         client.put_object(Bucket=bucket, Key="a", Body=b"", IfNoneMatch="*")
     assert [o["Key"] for o in client.list_objects_v2(Bucket=bucket)["Contents"]] == ["a"]
     assert proxy.counts == {"passed": 4}
@@ -178,6 +178,6 @@ def test_a_store_that_is_away_for_long_is_named(
     our_s3: None, bucket: str, proxy: FaultProxy
 ) -> None:
     proxy.plan = only("slow_down")
-    with pytest.raises(ConnectionError, match="gave up after 8 attempts.*SlowDown"):
+    with pytest.raises(ConnectionError, match=r"gave up after 8 attempts.*SlowDown"):
         s3.get(bucket, "a")
     assert proxy.counts == {"slow_down": s3.ATTEMPTS}

@@ -1,0 +1,78 @@
+"""Exactly once: seeded schedules that kill a job or its workers between any two steps of the commit
+protocol, or make S3 fail, and run the same line again until it ends.
+
+A part runs always, all 200 with `make chaos`. A schedule is a function of its seed: to see one
+again, `pytest tests/integration/test_chaos.py -m chaos -k "exactly_once and 117]"`.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines.corpus.web import CorpusWeb
+from pipelines.data import s3
+from tests.chaos.broken import WRONG
+from tests.chaos.fault_proxy import FaultPlan, FaultProxy
+from tests.chaos.schedules import Range, Schedule, describe
+from tests.fixtures.s3_server import S3Server
+
+PICTURES = 15  # and nine bad rows: three shards of eight
+SCHEDULES = 200
+ALWAYS = range(10)  # one of each kind, two on disk
+WRONG_FOUND_WITHIN = range(60)
+
+
+@pytest.fixture(scope="module")
+def ground(
+    s3_server: S3Server, private_directory: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Range]:
+    folder = tmp_path_factory.mktemp("chaos")
+    raw = folder / "raw"
+    with (
+        CorpusWeb(0, PICTURES) as web,
+        FaultProxy(s3_server.url, FaultPlan()) as proxy,
+        pytest.MonkeyPatch.context() as patched,
+    ):
+        for name, value in s3_server.environment.items():
+            patched.setenv(name, value)
+        s3.client.cache_clear()
+        urls = web.url_list(folder / "urls.parquet")
+        inputs = {
+            "download_pairs": [
+                *("tiny", "--urls", str(urls), "--download.rows-per-shard", "8"),
+            ],
+            "filter_pairs": ["tiny", "--raw", str(raw), "--validation-fraction", "0.2"],
+        }
+        ground = Range(folder, s3_server, proxy, inputs)
+        ground.make_raw(raw)
+        yield ground
+    s3.client.cache_clear()
+
+
+def check(ground: Range, schedule: Schedule) -> None:
+    outcome = ground.run(schedule)
+    print(json.dumps(describe(schedule, outcome)))
+    assert not outcome.faults, f"{schedule}: {outcome.faults}"
+
+
+@pytest.mark.parametrize("seed", ALWAYS)
+def test_every_row_is_there_exactly_once(ground: Range, seed: int) -> None:
+    check(ground, Schedule.of(seed))
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("seed", range(len(ALWAYS), SCHEDULES))
+def test_every_row_is_there_exactly_once_whatever_happens(ground: Range, seed: int) -> None:
+    check(ground, Schedule.of(seed))
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_protocol_is_found(ground: Range, wrong: str) -> None:
+    found = (seed for seed in WRONG_FOUND_WITHIN if ground.run(Schedule.of(seed), wrong=wrong).faults)
+    seed = next(found, None)
+    assert seed is not None
+    print(f"{wrong} is found by seed {seed}")
