@@ -1,18 +1,19 @@
 """A job's line in a process of its own, with processes where it would have Ray's workers.
 
 Everything else is the job as it is. A worker that is killed is started again, as Ray does; one
-that raises ends the job. Killed with its driver nobody is: workers of a dead driver go on.
+that raises ends the job. Workers of a dead driver go on.
 """
 
 import contextlib
 import multiprocessing
 import os
+import pickle
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,19 @@ from tests.chaos.doom import Doom, Steps
 VERBS = {"download_pairs": download_pairs, "filter_pairs": filter_pairs}
 WORKERS = 2
 PATIENCE = {
-    "CONNECT_TIMEOUT_S": 2.0,
-    "READ_TIMEOUT_S": 2.0,
+    "CONNECT_TIMEOUT_S": 1.0,
+    "READ_TIMEOUT_S": 1.0,
     "FIRST_PAUSE_S": 0.002,
     "LONGEST_PAUSE_S": 0.05,
 }
+# Imported once, by the server whose forks all lines are.
+PRELOADED = [
+    "tests.chaos.line",
+    "boto3.session",
+    "cld3",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "pytest",
+]
 FORKS = multiprocessing.get_context("forkserver")
 
 
@@ -56,85 +65,10 @@ class Line:
 
 def start(line: Line) -> ForkServerProcess:
     """Start the line; its exit code is the job's, or -9."""
-    # Imported once, by the server that all lines and workers are forks of.
-    FORKS.set_forkserver_preload(["tests.chaos.line", "mlflow", "cld3", "pytest"])
+    FORKS.set_forkserver_preload(PRELOADED)
     process = FORKS.Process(target=_run, args=(line,))
     process.start()
     return process
-
-
-def _run(line: Line) -> None:
-    _prepare(line)
-    runtime.ray_session = contextlib.nullcontext  # type: ignore[assignment, misc]
-    shards.commit_each = partial(_with_processes, line)  # type: ignore[assignment]
-    steps = Steps(line.driver).install()
-    code = VERBS[line.verb].main(line.arguments)
-    steps.doom = Doom(place="/")
-    (line.counts / "driver").write_text(str(steps.count))
-    sys.stdout.flush()
-    os._exit(code)
-
-
-def _work(line: Line, stage_name: str, row: dict[str, Any], commit: Callable[[Any], Any]) -> None:
-    _prepare(line)
-    (line.counts / f"pid-{os.getpid()}").touch()
-    mine = (stage_name, row["shard"]) == (line.stage, line.shard)
-    steps = Steps(line.worker if mine else Doom(place=line.worker.place)).install()
-    try:
-        done = commit(row)
-        assert not done.get("collapsed"), done
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    steps.doom = Doom(place="/")
-    (line.counts / f"worker-{stage_name}").write_text(str(steps.count))
-    os._exit(0)
-
-
-def _prepare(line: Line) -> None:
-    os.environ |= line.environment
-    descriptor = os.open(line.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    for name, value in PATIENCE.items():
-        setattr(s3, name, value)
-    s3.client.cache_clear()
-    s3_lease.hold = partial(s3_lease.hold, expires_after_s=line.lease_s)  # type: ignore[assignment]
-    if line.wrong:
-        broken.WRONG[line.wrong]()
-
-
-def _with_processes(
-    line: Line,
-    writer: DatasetWriter,
-    commit: shards.Commit,
-    pending: list[str],
-    *,
-    cpus: float,
-    row_of: shards.RowOf = lambda _: {},
-) -> dict[str, float]:
-    """In the place of `shards.commit_each`."""
-    left = [{"shard": shard, **row_of(shard)} for shard in pending]
-    running: dict[int, tuple[ForkServerProcess, dict[str, Any]]] = {}
-    try:
-        while left or running:
-            while left and len(running) < WORKERS:
-                row = left.pop(0)
-                process = FORKS.Process(target=_work, args=(line, writer.stage, row, commit))
-                process.start()
-                running[process.sentinel] = process, row
-            for sentinel in wait(list(running)):
-                process, row = running.pop(sentinel)
-                process.join()
-                if process.exitcode == 1:
-                    raise ConnectionError(f"the worker on shard {row['shard']} failed, see above")
-                if process.exitcode != 0:
-                    left.insert(0, row)
-    finally:
-        for process, _ in running.values():  # of a job that has failed: Ray ends them with it
-            process.kill()
-            process.join()
-    return {}
 
 
 def late_workers(counts: Path) -> Iterator[int]:
@@ -145,3 +79,96 @@ def late_workers(counts: Path) -> Iterator[int]:
         with contextlib.suppress(OSError):
             if b"forkserver" in command.read_bytes():
                 yield pid
+
+
+def _run(line: Line) -> None:
+    _prepare(line)
+    nurseries: list[Connection] = []
+    while len(nurseries) < WORKERS:  # before there is a thread that a fork would not have
+        nurseries.append(_nursery(line, nurseries))
+    runtime.ray_session = contextlib.nullcontext  # type: ignore[assignment, misc]
+    shards._quiet_ray_data = lambda: None
+    shards.commit_each = partial(_with_processes, nurseries)  # type: ignore[assignment]
+    steps = Steps(line.driver).install()
+    code = VERBS[line.verb].main(line.arguments)
+    _leave(line, steps, "driver", code)
+
+
+def _leave(line: Line, steps: Steps, name: str, code: int) -> None:
+    """End this process at once: nothing of a driver's is cleaned up behind its back."""
+    steps.doom = Doom(place="/nowhere")
+    (line.counts / name).write_text(str(steps.count))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _prepare(line: Line) -> None:
+    os.environ |= line.environment
+    descriptor = os.open(line.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    for name, value in PATIENCE.items():
+        setattr(s3, name, value)
+    s3_lease.hold = partial(s3_lease.hold, expires_after_s=line.lease_s)  # type: ignore[assignment]
+    if line.wrong:
+        broken.WRONG[line.wrong]()
+
+
+def _nursery(line: Line, others: list[Connection]) -> Connection:
+    """Fork a process that forks a worker for every task that is sent, and sends how it ended."""
+    ours, theirs = multiprocessing.Pipe()
+    if os.fork():
+        theirs.close()
+        return ours
+    for end in (ours, *others):  # so that the death of the driver is the end of the pipes
+        end.close()
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            task = theirs.recv_bytes()
+            if (worker := os.fork()) == 0:
+                _work(line, *pickle.loads(task))
+            theirs.send(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]))
+    os._exit(0)
+
+
+def _work(line: Line, stage: str, row: dict[str, Any], commit: Callable[[Any], Any]) -> None:
+    (line.counts / f"pid-{os.getpid()}").touch()
+    mine = (stage, row["shard"]) == (line.stage, line.shard)
+    steps = Steps(line.worker if mine else Doom(place=line.worker.place)).install()
+    code = 0
+    try:
+        done = commit(row)
+        assert not done.get("collapsed"), done
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    _leave(line, steps, f"worker-{stage}", code)
+
+
+def _with_processes(
+    nurseries: list[Connection],
+    writer: DatasetWriter,
+    commit: shards.Commit,
+    pending: list[str],
+    *,
+    cpus: float,
+    row_of: shards.RowOf = lambda _: {},
+) -> dict[str, float]:
+    """In the place of `shards.commit_each`."""
+    left = [{"shard": shard, **row_of(shard)} for shard in pending]
+    idle, busy = list(nurseries), dict[Connection, dict[str, Any]]()
+    while left or busy:
+        while left and idle:
+            nursery, row = idle.pop(0), left.pop(0)
+            nursery.send_bytes(pickle.dumps((writer.stage, row, commit)))
+            busy[nursery] = row
+        for nursery in wait(list(busy)):
+            assert isinstance(nursery, Connection)
+            idle.append(nursery)
+            row, code = busy.pop(nursery), nursery.recv()
+            if code == 1:
+                raise ConnectionError(f"the worker on shard {row['shard']} failed, see above")
+            if code != 0:
+                left.insert(0, row)
+    return {}

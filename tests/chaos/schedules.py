@@ -158,7 +158,11 @@ class Range:
         with self._place(schedule.where) as (folder, output):
             self.proxy.forget(self._plan(schedule, calm))
             made = self._doomed(schedule, calm, self._line(folder, output, schedule.verb, wrong))
-            rival = line.start(replace(made, driver=self._calm_doom(output))) if schedule.rival else None
+            rival = (
+                line.start(replace(made, driver=self._calm_doom(output)))
+                if schedule.rival
+                else None
+            )
             lines, code = 0, -1
             while code != 0 and lines < MOST_LINES:
                 code = self._run(made)

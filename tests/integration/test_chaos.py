@@ -20,7 +20,7 @@ from tests.fixtures.s3_server import S3Server
 
 PICTURES = 15  # and nine bad rows: three shards of eight
 SCHEDULES = 200
-ALWAYS = range(10)  # one of each kind, two on disk
+ALWAYS = (0, 1, 3, 5, 9)  # on disk; in S3 without faults, with some, with many, with an outage
 WRONG_FOUND_WITHIN = range(60)
 
 
@@ -63,7 +63,7 @@ def test_every_row_is_there_exactly_once(ground: Range, seed: int) -> None:
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("seed", range(len(ALWAYS), SCHEDULES))
+@pytest.mark.parametrize("seed", [seed for seed in range(SCHEDULES) if seed not in ALWAYS])
 def test_every_row_is_there_exactly_once_whatever_happens(ground: Range, seed: int) -> None:
     check(ground, Schedule.of(seed))
 
@@ -72,7 +72,9 @@ def test_every_row_is_there_exactly_once_whatever_happens(ground: Range, seed: i
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_protocol_is_found(ground: Range, wrong: str) -> None:
-    found = (seed for seed in WRONG_FOUND_WITHIN if ground.run(Schedule.of(seed), wrong=wrong).faults)
+    found = (
+        seed for seed in WRONG_FOUND_WITHIN if ground.run(Schedule.of(seed), wrong=wrong).faults
+    )
     seed = next(found, None)
     assert seed is not None
     print(f"{wrong} is found by seed {seed}")
