@@ -19,6 +19,8 @@ from pipelines.data.travelling import pack
 from pipelines.data.url_formats import UrlColumns
 from pipelines.data.urls import UrlList, read_url_list
 
+QUARANTINED = "quarantined"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     return runtime.run_job(STAGE, PRESETS, download, argv, describe)
@@ -42,6 +44,7 @@ def describe(job: DownloadPairsJob) -> list[str]:
         f"fetch {urls.table.num_rows:,} pairs of {job.urls} ({urls.digest[:12]})",
         f"in {len(urls.shard_ids):,} shards, of which {pending:,} are missing",
         f"write {job.output}",
+        *_left_out(urls),
         *_expected(job, urls),
     ]
 
@@ -66,7 +69,7 @@ def download(job: DownloadPairsJob) -> dict[str, Any]:
     writer = _writer(job, urls)
 
     commit = partial(commit_download, writer=writer, config=job.download)
-    return shards.run_data_stage(
+    done = shards.run_data_stage(
         job,
         writer,
         commit,
@@ -74,6 +77,15 @@ def download(job: DownloadPairsJob) -> dict[str, Any]:
         parents={},
         row_of=lambda shard: {"rows": pack(urls.shard(shard))},
     )
+    if not urls.quarantined:
+        return done
+    print("\n".join(_left_out(urls)), flush=True)
+    return done | {"quarantined": len(urls.quarantined)}
+
+
+def _left_out(urls: UrlList) -> list[str]:
+    """What must be known of files that are in no count."""
+    return [f"left out, its pairs are in no count: {error}" for error in urls.quarantined]
 
 
 def _retry(job: DownloadPairsJob, retry_of: Location) -> dict[str, Any]:
@@ -88,14 +100,20 @@ def _retry(job: DownloadPairsJob, retry_of: Location) -> dict[str, Any]:
 
 def _read_list(job: DownloadPairsJob) -> UrlList:
     columns = UrlColumns(url=job.url_column, caption=job.caption_column)
-    return read_url_list(job.urls, rows_per_shard=job.download.rows_per_shard, columns=columns)
+    return read_url_list(
+        job.urls,
+        rows_per_shard=job.download.rows_per_shard,
+        columns=columns,
+        on_bad_file=job.on_bad_file,
+    )
 
 
 def _writer(job: DownloadPairsJob, urls: UrlList) -> DatasetWriter:
+    left_out = [{"file": bad.file.name, "fault": bad.fault} for bad in urls.quarantined]
     return DatasetWriter(
         path=job.output.resolve(),
         stage=STAGE,
-        config=job.download.identity(),
+        config=job.download.identity() | ({QUARANTINED: left_out} if left_out else {}),
         inputs={"urls": urls.digest},
         sources={"urls": str(job.urls.resolve())},
         shards=urls.shard_ids,
@@ -111,6 +129,8 @@ def _retry_writer(job: DownloadPairsJob, old: Manifest) -> DatasetWriter:
         )
     # Its shards are the old ones, whatever rows_per_shard this preset has.
     settings["rows_per_shard"] = old.config["rows_per_shard"]
+    if QUARANTINED in old.config:  # what the old one lacks, this one lacks too
+        settings[QUARANTINED] = old.config[QUARANTINED]
     return DatasetWriter(
         path=job.output.resolve(),
         stage=STAGE,

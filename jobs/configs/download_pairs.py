@@ -1,9 +1,9 @@
 """What jobs.download_pairs can be told."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from jobs.configs.job import DatasetPath, Job
+from pipelines.data.bad_files import OnBadFile
 from pipelines.data.causes import parse_causes
 from pipelines.data.collapse import CollapseConfig
 from pipelines.data.download import DownloadConfig
@@ -16,13 +16,16 @@ from pipelines.data.storage import Location
 class DownloadPairsJob(Job):
     """Fetch the pictures of a URL list. The defaults are for a list of the paper's size."""
 
-    urls: Path = Path("runs/paper/urls.parquet")
+    urls: DatasetPath = Location("runs/paper/urls.parquet")
     """Parquet, CSV, TSV, JSON, JSON lines or text; a file, a directory or a "*" pattern.
 
     TSV without a header may be caption TAB url, as Conceptual Captions has it; text is a URL a
     line, with or without TAB caption."""
     url_column: str = "url"
     caption_column: str = "caption"
+    on_bad_file: OnBadFile = "fail"
+    """A file of the list that is cut off, damaged or without the columns: end, or leave it out and
+    say so in the dataset, its report and the summary."""
     output: DatasetPath = Location("runs/paper/raw")
     """Dataset directory to make; run the same line again to go on where it stopped."""
     download: DownloadConfig = field(default_factory=DownloadConfig)
@@ -56,7 +59,7 @@ PRESETS = {
     "tiny": (
         "the quickstart's: 96 px PNG in shards of 64, also from this machine; half a minute",
         DownloadPairsJob(
-            urls=Path("runs/quickstart/urls.parquet"),
+            urls=Location("runs/quickstart/urls.parquet"),
             output=Location("runs/quickstart/raw"),
             download=DownloadConfig(
                 rows_per_shard=64,

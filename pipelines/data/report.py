@@ -106,6 +106,7 @@ def _stages(manifests: Sequence[Manifest]) -> Iterator[dict[str, Any]]:
                 {"name": name, "digest": digest, "source": manifest.sources.get(name, "")}
                 for name, digest in manifest.inputs.items()
             ],
+            "quarantined": manifest.config.get("quarantined", []),
             "config": json.dumps(manifest.config, indent=1),
         }
 

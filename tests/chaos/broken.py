@@ -1,4 +1,4 @@
-"""Wrong protocols, put in the place of the right one: the checks of the schedules must find them."""
+"""Wrong protocols in the place of the right one: the checks of the schedules must find them."""
 
 import hashlib
 import json
