@@ -12,7 +12,7 @@ ARGS ?=
 PEERS := DALL-E==0.1 dalle-pytorch==1.6.6 einops==0.8.2 rotary-embedding-torch==0.9.1 \
 	axial-positional-embedding==0.3.12 transformers==5.24.0 huggingface-hub regex
 
-.PHONY: help setup peers quickstart check test bench clean
+.PHONY: help setup peers quickstart check test chaos bench clean
 
 help: ## this list
 	@echo "manray: a list of pictures on the web to a served text-to-image model, on Ray"
@@ -42,6 +42,9 @@ check: $(READY) ## format, lint, types, who imports whom
 
 test: $(READY) ## unit and integration tests: about 20 minutes on 2 cores
 	$(BIN)/pytest tests/unit tests/integration -m "not chaos and not gpu" $(ARGS)
+
+chaos: $(READY) ## kill jobs, workers, nodes and S3 between any two steps: 240 schedules, about 30 minutes
+	$(BIN)/pytest tests/unit tests/integration -m chaos $(ARGS)
 
 bench: $(READY) ## side by side with peers, into runs/bench/TOPIC.json
 	$(BIN)/python -m tests.benchmarks.run $(ARGS)

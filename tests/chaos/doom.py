@@ -24,6 +24,8 @@ class Doom:
 
     place: str
     """Directory below which steps count, or `:PORT` of the S3 server."""
+    beside: str = ""
+    """A directory below it whose steps do not count."""
     at: int = NEVER
     """Before which step, from 1 on."""
     cut: float = 1.0
@@ -64,7 +66,9 @@ class Steps:
     def _step(self, event: str, arguments: tuple[Any, ...]) -> str:
         place = self.doom.place
         if not place.startswith(":"):
-            return step_of(event, arguments, place) or ""
+            path = step_of(event, arguments, place) or ""
+            beside = self.doom.beside and path.startswith(f"{self.doom.beside}/")
+            return "" if beside else path
         if event != "http.client.send" or f":{arguments[0].port}" != place:
             return ""
         return bytes(arguments[1][:60]).decode(errors="replace").split("\r\n")[0]

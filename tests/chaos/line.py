@@ -86,9 +86,9 @@ def _run(line: Line) -> None:
     nurseries: list[Connection] = []
     while len(nurseries) < WORKERS:  # before there is a thread that a fork would not have
         nurseries.append(_nursery(line, nurseries))
-    runtime.ray_session = contextlib.nullcontext  # type: ignore[assignment, misc]
+    runtime.ray_session = contextlib.nullcontext  # type: ignore[assignment]
     shards._quiet_ray_data = lambda: None
-    shards.commit_each = partial(_with_processes, nurseries)  # type: ignore[assignment]
+    shards.commit_each = partial(_with_processes, nurseries)
     steps = Steps(line.driver).install()
     code = VERBS[line.verb].main(line.arguments)
     _leave(line, steps, "driver", code)
@@ -110,7 +110,7 @@ def _prepare(line: Line) -> None:
     os.dup2(descriptor, 2)
     for name, value in PATIENCE.items():
         setattr(s3, name, value)
-    s3_lease.hold = partial(s3_lease.hold, expires_after_s=line.lease_s)  # type: ignore[assignment]
+    s3_lease.hold = partial(s3_lease.hold, expires_after_s=line.lease_s)
     if line.wrong:
         broken.WRONG[line.wrong]()
 
@@ -163,8 +163,8 @@ def _with_processes(
             nursery, row = idle.pop(0), left.pop(0)
             nursery.send_bytes(pickle.dumps((writer.stage, row, commit)))
             busy[nursery] = row
-        for nursery in wait(list(busy)):
-            assert isinstance(nursery, Connection)
+        ready = wait(list(busy))
+        for nursery in [each for each in busy if each in ready]:
             idle.append(nursery)
             row, code = busy.pop(nursery), nursery.recv()
             if code == 1:

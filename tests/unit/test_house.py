@@ -192,7 +192,17 @@ def test_the_environment_is_read_in_jobs_only(file: str, line: str) -> None:
 
 def test_make_without_a_target_lists_every_target() -> None:
     done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for target in ("help", "setup", "peers", "quickstart", "check", "test", "bench", "clean"):
+    for target in (
+        "help",
+        "setup",
+        "peers",
+        "quickstart",
+        "check",
+        "test",
+        "chaos",
+        "bench",
+        "clean",
+    ):
         assert f"make {target} " in done.stdout
 
 
