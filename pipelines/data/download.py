@@ -1,16 +1,20 @@
 """From URLs to stored pictures, a shard at a time."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import pyarrow as pa
 
+from pipelines.data import killable
 from pipelines.data.causes import has_cause
 from pipelines.data.collapse import CollapseConfig, CollapseWatch, NetworkCollapsed
 from pipelines.data.fetch import FetchConfig, Fetched, Resolve, fetch_all
 from pipelines.data.img2dataset_engine import img2dataset_results
+from pipelines.data.killable import Resize
 from pipelines.data.resize import ResizeConfig, resize_picture
 from pipelines.data.schema import DROPPED, RAW
 from pipelines.data.stage import DatasetWriter, Manifest
@@ -55,12 +59,18 @@ class DownloadConfig:
 
 
 def download_shard(
-    rows: pa.Table, config: DownloadConfig, resolve: Resolve | None = None
+    rows: pa.Table,
+    config: DownloadConfig,
+    resolve: Resolve | None = None,
+    resize: Resize | None = None,
 ) -> tuple[pa.Table, pa.Table]:
-    """Fetch and store the pictures of a `UrlList.shard`; gives (RAW, DROPPED) tables."""
+    """Fetch and store the pictures of a `UrlList.shard`; gives (RAW, DROPPED) tables.
+
+    `resize` is one of `killable.resizer`, without which a picture may kill this process.
+    """
     pairs = rows.to_pylist()
     fresh = [pair for pair in pairs if not pair["repeats"]]
-    results = _results([pair["url"] for pair in fresh], config, resolve)
+    results = _results([pair["url"] for pair in fresh], config, resolve, resize)
     done = [pair | result for pair, result in zip(fresh, results, strict=True)]
     repeats = [
         pair | {"reason": "duplicate_pair", "detail": ""} for pair in pairs if pair["repeats"]
@@ -76,6 +86,7 @@ def retry_shard(
     config: DownloadConfig,
     causes: Sequence[str],
     resolve: Resolve | None = None,
+    resize: Resize | None = None,
 ) -> tuple[pa.Table, pa.Table]:
     """Fetch the dropped rows with these causes again; gives the new (RAW, DROPPED) tables.
 
@@ -83,7 +94,7 @@ def retry_shard(
     """
     rows = dropped.to_pylist()
     again = [index for index, row in enumerate(rows) if has_cause(row["reason"], causes)]
-    results = _results([rows[index]["url"] for index in again], config, resolve)
+    results = _results([rows[index]["url"] for index in again], config, resolve, resize)
     done = dict(zip(again, results, strict=True))
     recovered = [rows[index] | result for index, result in done.items() if "image" in result]
     # A recovered row's old reason is gone; a row that failed again has its newest one.
@@ -106,10 +117,11 @@ def commit_download(
     """
     rows = unpack(item["rows"])
     try:
-        kept, dropped = download_shard(rows, config)
+        with _attempt(writer, item["shard"], config) as resize:
+            kept, dropped = download_shard(rows, config, resize=resize)
+            return _commit(writer, item["shard"], kept, dropped, rows.num_rows)
     except NetworkCollapsed as error:
         return {"shard": item["shard"], "collapsed": str(error)}
-    return _commit(writer, item["shard"], kept, dropped, rows.num_rows)
 
 
 def commit_retry(
@@ -124,19 +136,35 @@ def commit_retry(
     kept, dropped = old.read(item["shard"]), old.read_dropped(item["shard"])
     rows_in = kept.num_rows + dropped.num_rows
     try:
-        kept, dropped = retry_shard(kept, dropped, config, causes)
+        with _attempt(writer, item["shard"], config) as resize:
+            kept, dropped = retry_shard(kept, dropped, config, causes, resize=resize)
+            return _commit(writer, item["shard"], kept, dropped, rows_in)
     except NetworkCollapsed as error:
         return {"shard": item["shard"], "collapsed": str(error)}
-    return _commit(writer, item["shard"], kept, dropped, rows_in)
+
+
+@contextmanager
+def _attempt(writer: DatasetWriter, shard: str, config: DownloadConfig) -> Iterator[Resize]:
+    """With this the pictures of an attempt are stored."""
+    with (
+        killable.attempt(writer.place, shard) as careful,
+        killable.resizer(config.resize, careful=careful) as resize,
+    ):
+        yield resize
 
 
 def _results(
-    urls: Sequence[str], config: DownloadConfig, resolve: Resolve | None
+    urls: Sequence[str],
+    config: DownloadConfig,
+    resolve: Resolve | None,
+    resize: Resize | None,
 ) -> list[dict[str, Any]]:
     """For each URL the columns of a stored picture, or reason and detail."""
     watch = CollapseWatch(config.collapse)
     if config.engine == "img2dataset":
         return img2dataset_results(urls, config.fetch, config.resize, watch)
+
+    store_as = resize or partial(resize_picture, config=config.resize)
 
     def store(fetched: Fetched) -> dict[str, Any]:
         if fetched.reason not in NEVER_ASKED:
@@ -144,7 +172,7 @@ def _results(
         if fetched.reason:
             return {"reason": fetched.reason, "detail": fetched.detail}
         digest = hashlib.sha256(fetched.body).hexdigest()
-        return resize_picture(fetched.body, config.resize).columns(digest)
+        return store_as(fetched.body).columns(digest)
 
     return fetch_all(urls, config.fetch, store, resolve)
 

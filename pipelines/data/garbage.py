@@ -11,7 +11,7 @@ the dataset is sealed, every shard has a record. No clock and no lease takes par
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipelines.data.stage import ATTEMPTS, COMMITS, MANIFEST, read_commit
+from pipelines.data.stage import ATTEMPTS, BEGUN, COMMITS, MANIFEST, read_commit
 from pipelines.data.storage import Entry, Location
 
 
@@ -24,7 +24,7 @@ class Collected:
 
 
 def collect(place: Location) -> Collected:
-    """Remove the attempts that can never count, and a sealed dataset's temporary files.
+    """Remove the attempts that can never count, and a sealed dataset's temporary files and marks.
 
     Raises plan.DamagedFile, before anything is removed, if a commit record cannot be read.
     """
@@ -41,7 +41,7 @@ def garbage(place: Location) -> Iterator[Entry]:
     records = {entry.name for entry in files if entry.name.startswith(f"{COMMITS}/")}
     sealed = any(entry.name == MANIFEST for entry in files)
     attempts = sum(bool(shard_of(entry.name)) for entry in files)
-    if sealed and attempts == 2 * len(records) and not any(is_temporary(e.name) for e in files):
+    if sealed and attempts == 2 * len(records) and not any(_is_for_now(e.name) for e in files):
         return  # each record names two files, which are there: none is left over
     commits = {
         name: read_commit(place / name)
@@ -51,7 +51,7 @@ def garbage(place: Location) -> Iterator[Entry]:
     named = {name for commit in commits.values() for name in (commit.file, commit.dropped_file)}
     committed = {commit.shard for commit in commits.values()}
     for entry in files:
-        if is_temporary(entry.name):
+        if _is_for_now(entry.name):
             # A killed writer's, of a record or of a report; all records are there if it is sealed.
             if sealed:
                 yield entry
@@ -69,6 +69,11 @@ def shard_of(name: str) -> str:
 def attempt_of(name: str) -> str:
     """What the two files of one attempt have in common."""
     return name.removesuffix(".parquet").removesuffix(".dropped")
+
+
+def _is_for_now(name: str) -> bool:
+    """True for what nobody asks for once the dataset is sealed."""
+    return is_temporary(name) or name.startswith(f"{BEGUN}/")
 
 
 def is_temporary(name: str) -> bool:

@@ -9,13 +9,16 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.data import killable
 from pipelines.data.archive import ArchiveLimits, read_members
+from pipelines.data.killable import Resize
 from pipelines.data.resize import ResizeConfig, resize_picture
 from pipelines.data.schema import DROPPED, RAW
 from pipelines.data.stage import DatasetWriter
@@ -80,14 +83,25 @@ def commit_imported(
     item: dict[str, Any], *, folder: Path, writer: DatasetWriter, config: ImportConfig
 ) -> dict[str, Any]:
     """Import and commit one shard."""
-    kept, dropped = import_shard(folder, item["shard"], config)
-    rows = kept.num_rows + dropped.num_rows
-    commit = writer.commit(item["shard"], kept, dropped, rows_in=rows, schema=RAW)
+    shard = item["shard"]
+    with (
+        killable.attempt(writer.place, shard) as careful,
+        killable.resizer(config.resize, careful=careful) as resize,
+    ):
+        kept, dropped = import_shard(folder, shard, config, resize)
+        rows = kept.num_rows + dropped.num_rows
+        commit = writer.commit(shard, kept, dropped, rows_in=rows, schema=RAW)
     return {"shard": commit.shard, "rows_in": commit.rows_in, "rows_out": commit.rows_out}
 
 
-def import_shard(folder: Path, shard: str, config: ImportConfig) -> tuple[pa.Table, pa.Table]:
-    """The (RAW, DROPPED) tables of one shard; raises ValueError on a file that is not sound."""
+def import_shard(
+    folder: Path, shard: str, config: ImportConfig, resize: Resize | None = None
+) -> tuple[pa.Table, pa.Table]:
+    """The (RAW, DROPPED) tables of one shard; raises ValueError on a file that is not sound.
+
+    `resize` is one of `killable.resizer`, without which a picture may kill this process.
+    """
+    resize = resize or partial(resize_picture, config=config.resize)
     kept: dict[str, dict[str, Any]] = {}
     dropped: list[dict[str, Any]] = []
     for count, row in enumerate(_rows(folder, shard, config), start=1):
@@ -97,7 +111,7 @@ def import_shard(folder: Path, shard: str, config: ImportConfig) -> tuple[pa.Tab
             )
         pair = {"url": row["url"] or "", "caption": row["caption"] or ""}
         pair |= {"key": pair_key(pair["url"], pair["caption"])}
-        found = _judge(row, config)
+        found = _judge(row, resize)
         if "reason" not in found and pair["key"] in kept:
             found = {"reason": "duplicate_pair", "detail": ""}
         if "reason" in found:
@@ -113,7 +127,7 @@ def import_shard(folder: Path, shard: str, config: ImportConfig) -> tuple[pa.Tab
     )
 
 
-def _judge(row: Mapping[str, Any], config: ImportConfig) -> dict[str, Any]:
+def _judge(row: Mapping[str, Any], resize: Resize) -> dict[str, Any]:
     """The picture's columns, or a reason and a detail."""
     if row["status"] not in (None, "success"):
         return {"reason": drop_reason(row), "detail": (row["error_message"] or "")[:100]}
@@ -122,7 +136,7 @@ def _judge(row: Mapping[str, Any], config: ImportConfig) -> dict[str, Any]:
         return {"reason": "picture_missing", "detail": "in the foreign dataset"}
     told = row["sha256"] or ""
     sha256 = told if re.fullmatch("[0-9a-f]{64}", told) else hashlib.sha256(image).hexdigest()
-    found = resize_picture(image, config.resize).columns(sha256)
+    found = resize(image).columns(sha256)
     sides = {side: row[side] for side in SIDES}
     if "reason" not in found and all(
         isinstance(side, int) and 0 < side < MAX_SIDE for side in sides.values()

@@ -24,7 +24,7 @@ from pipelines.data import plan
 from pipelines.data.schema import DROPPED
 from pipelines.data.storage import Location, canonical_json
 
-MANIFEST, COMMITS, ATTEMPTS = "manifest.json", "commits", "attempts"
+MANIFEST, COMMITS, ATTEMPTS, BEGUN = "manifest.json", "commits", "attempts", "begun"
 READ_ROWS = 64
 """Rows that are read at once by those who open a shard with `open_shard`."""
 READ_BYTES = 1 << 20

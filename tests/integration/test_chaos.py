@@ -2,7 +2,7 @@
 protocol, or make S3 fail, and run the same line again until it ends.
 
 A part runs always, all 200, and 40 on a real Ray, with `make chaos`. A schedule is a function of
-its seed: to see one again, `pytest tests/integration/test_chaos.py -m chaos -k "exactly_once and 117]"`.
+its seed: to see one again, `pytest tests/integration/test_chaos.py -m chaos -k "117]"`.
 """
 
 import json
