@@ -17,6 +17,16 @@ CAUSES = {
 }
 # What a dead resolver or a cut cable looks like from here.
 NETWORK = ("dns", "timeout", "connection")
+# What img2dataset says (its urllib's words, more exactly), and what it is called here.
+SAID = {
+    r"timed out": "timeout",
+    r"name resolution": "dns_failed",
+    r"name or service not known|no address associated|getaddrinfo": "unknown_host",
+    r"x-robots-tag|disallowed": "opted_out",
+    r"unknown url type|no host given": "bad_url",
+    r"certificate|ssl": "tls_failed",
+    r"connection|refused|reset|remote end closed": "connection_failed",
+}
 # A name that does not exist, a bad certificate or a 404 stay so for the next seconds.
 PASSING = re.compile(
     r"timeout|dns_failed|connection_failed|http_(408|425|429|500|502|503|504|52\d|530)"
@@ -43,6 +53,14 @@ def parse_causes(text: str) -> tuple[str, ...]:
 def has_cause(reason: str, causes: Collection[str]) -> bool:
     """Whether a drop reason belongs to one of the named causes."""
     return any(re.fullmatch(CAUSES.get(name, re.escape(name)), reason) for name in causes)
+
+
+def reason_said(message: str) -> str:
+    """The drop reason in one of img2dataset's error messages."""
+    if status := re.search(r"http error (\d{3})", message, re.IGNORECASE):
+        return f"http_{status[1]}"
+    found = (name for words, name in SAID.items() if re.search(words, message, re.IGNORECASE))
+    return next(found, "download_failed")
 
 
 def may_pass(reason: str) -> bool:

@@ -7,26 +7,15 @@ and bytes, total time and pixels have no cap before decoding.
 import hashlib
 import io
 import os
-import re
 from collections.abc import Sequence
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
+from pipelines.data.causes import reason_said
 from pipelines.data.collapse import CollapseWatch
 from pipelines.data.fetch import FetchConfig
 from pipelines.data.resize import PNG_COMPRESSION, ResizeConfig, Resized
 from pipelines.data.url_vetting import AGENT, OPT_OUT
-
-# Its messages are the errors' own words; ours are names that do not vary.
-REASONS = {
-    r"timed out": "timeout",
-    r"name resolution": "dns_failed",
-    r"Name or service not known|No address associated": "unknown_host",
-    r"X-Robots-Tag": "opted_out",
-    r"unknown url type|no host given": "bad_url",
-    r"Connection|Remote end closed": "connection_failed",
-    r"CERTIFICATE|SSL": "tls_failed",
-}
 
 
 def img2dataset_results(
@@ -56,18 +45,10 @@ def img2dataset_results(
         # In slices, so that no more bodies than open requests are in memory.
         for start in range(0, len(urls), fetch.concurrency):
             for _, body, error in pool.map(download, urls[start : start + fetch.concurrency], 1):
-                reason = "" if body is not None else reason_of(error or "")
+                reason = "" if body is not None else reason_said(error or "")
                 watch.saw(reason)
                 results.append(_resized(resizer, body) if body else _lost(reason))
     return results
-
-
-def reason_of(message: str) -> str:
-    """The drop reason in one of its error messages."""
-    if status := re.search(r"HTTP Error (\d{3})", message):
-        return f"http_{status[1]}"
-    names = (name for pattern, name in REASONS.items() if re.search(pattern, message))
-    return next(names, "download_failed")
 
 
 def _resized(resizer: Any, body: io.BytesIO) -> dict[str, Any]:

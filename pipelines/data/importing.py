@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from pipelines.data import killable
 from pipelines.data.archive import ArchiveLimits, read_members
+from pipelines.data.causes import reason_said
 from pipelines.data.killable import Resize
 from pipelines.data.resize import ResizeConfig, resize_picture
 from pipelines.data.schema import DROPPED, RAW
@@ -30,18 +31,6 @@ PICTURES = ("jpg", "png", "webp")
 TEXTS = ("key", "url", "caption", "status", "error_message", "sha256")
 SIDES = ("original_width", "original_height")
 MAX_SIDE = 1 << 20  # of a picture that we do not have: what is claimed must be believable
-# In img2dataset's words (its urllib's, more exactly) → our reason.
-SAID = (
-    ("timed out", "timeout"),
-    ("certificate", "tls"),
-    ("ssl", "tls"),
-    ("name or service", "dns"),
-    ("name resolution", "dns"),
-    ("getaddrinfo", "dns"),
-    ("refused", "connection"),
-    ("reset", "connection"),
-    ("disallowed", "opted_out"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,15 +136,9 @@ def _judge(row: Mapping[str, Any], resize: Resize) -> dict[str, Any]:
 
 def drop_reason(row: Mapping[str, Any]) -> str:
     """Our reason for a row that img2dataset has no picture of."""
-    said = (row["error_message"] or "").lower()
     if row["status"] == "failed_to_resize":
         return "resize_failed"
-    if found := re.search(r"http error (\d{3})", said):
-        return f"http_{found[1]}"
-    for words, reason in SAID:
-        if words in said:
-            return reason
-    return "not_downloaded"
+    return reason_said(row["error_message"] or "")
 
 
 def _rows(folder: Path, shard: str, config: ImportConfig) -> Iterator[dict[str, Any]]:

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from pipelines.data.causes import reason_said
 from pipelines.data.collapse import CollapseConfig, NetworkCollapsed
 from pipelines.data.download import DownloadConfig, download_shard, retry_shard
 from pipelines.data.fetch import FetchConfig
-from pipelines.data.img2dataset_engine import reason_of
 from pipelines.data.resize import ResizeConfig, resize_picture
 from pipelines.data.schema import RAW
 from pipelines.data.urls import pair_key
@@ -109,10 +109,10 @@ def test_img2dataset_needs_trust_and_gives_the_same_columns_and_pictures(
 
 
 def test_its_messages_become_our_reasons() -> None:
-    assert reason_of("HTTP Error 404: Not Found") == "http_404"
-    assert reason_of("<urlopen error timed out>") == "timeout"
-    assert reason_of("<urlopen error [Errno -2] Name or service not known>") == "unknown_host"
-    assert reason_of("something new") == "download_failed"
+    assert reason_said("HTTP Error 404: Not Found") == "http_404"
+    assert reason_said("<urlopen error timed out>") == "timeout"
+    assert reason_said("<urlopen error [Errno -2] Name or service not known>") == "unknown_host"
+    assert reason_said("something new") == "download_failed"
 
 
 @pytest.mark.parametrize(("encoding", "quality"), [("jpg", 95), ("webp", 90), ("png", 6)])

@@ -19,10 +19,10 @@ ERRORS = {
     "HTTP Error 503: Service Unavailable": "http_503",
     "<urlopen error timed out>": "timeout",
     "The read operation timed out": "timeout",
-    "<urlopen error [Errno -2] Name or service not known>": "dns",
-    "<urlopen error [SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed>": "tls",
-    "<urlopen error [Errno 111] Connection refused>": "connection",
-    "something new": "not_downloaded",
+    "<urlopen error [Errno -2] Name or service not known>": "unknown_host",
+    "<urlopen error [SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed>": "tls_failed",
+    "<urlopen error [Errno 111] Connection refused>": "connection_failed",
+    "something new": "download_failed",
 }
 
 
