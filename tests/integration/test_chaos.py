@@ -24,7 +24,10 @@ PICTURES = 15  # and nine bad rows: three shards of eight
 SCHEDULES = 200
 RAY_SCHEDULES = 40
 ALWAYS = (0, 1, 3, 5, 9)  # on disk; in S3 without faults, with some, with many, with an outage
-WRONG_FOUND_WITHIN = range(60)
+FINDING = (3, 4, *range(60))  # the first two find most
+ONE_ALWAYS = [
+    pytest.param(name, marks=() if name == "loser_deletes" else pytest.mark.chaos) for name in WRONG
+]
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +92,10 @@ def test_every_row_is_there_exactly_once_on_ray(
     assert not faults
 
 
-@pytest.mark.chaos
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("wrong", ONE_ALWAYS)
 def test_a_wrong_protocol_is_found(ground: Range, wrong: str) -> None:
-    found = (
-        seed for seed in WRONG_FOUND_WITHIN if ground.run(Schedule.of(seed), wrong=wrong).faults
-    )
+    found = (seed for seed in FINDING if ground.run(Schedule.of(seed), wrong=wrong).faults)
     seed = next(found, None)
     assert seed is not None
     print(f"{wrong} is found by seed {seed}")
