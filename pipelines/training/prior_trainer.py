@@ -22,6 +22,7 @@ from pipelines.training.optimizer import (
     build_optimizer,
 )
 from pipelines.training.parallelize import (
+    Recompute,
     all_reduce,
     attach_scales,
     build_prior,
@@ -29,6 +30,7 @@ from pipelines.training.parallelize import (
     plain_named_parameters,
     resblock_gradients,
 )
+from pipelines.training.sharding import ShardingConfig
 from pipelines.training.token_loader import TokenBatch
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -58,11 +60,10 @@ class PriorTraining:
     caption_dropout: float = 0.0
     """Share of samples whose caption is left empty, for sampling with a cond_scale; not the
     paper's."""
-    recompute: bool = True
-    """Recompute every resblock's activations in the backward pass."""
-    keep_gathered: bool = False
-    """Keep a resblock's gathered weights from the forward to the backward pass: a third fewer
-    messages, for all of the weights in every worker's memory. The paper drops them at once."""
+    recompute: Recompute = "full"
+    """Activations made again in the backward pass: "none"; "selective": LayerNorm, attention and
+    GELU, but no large product; "full": all but every resblock's input, as in the paper."""
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -88,12 +89,13 @@ class PriorTrainer:
 
     def __init__(self, model: PriorConfig, training: PriorTraining, device: torch.device) -> None:
         self.training, self.device = training, device
-        self.prior = build_prior(
+        self.prior, self.power_sgd = build_prior(
             model,
             device=device,
             seed=training.seed,
             recompute=training.recompute,
-            keep_gathered=training.keep_gathered,
+            sharding=training.sharding,
+            branch_dtype=DTYPES.get(training.precision),
         )
         self.optimizer = build_optimizer(self.prior, training.optimizer)
         self.step_size = StepSize(training.optimizer, training.steps)
@@ -208,6 +210,7 @@ class PriorTrainer:
             "moments": adam_moments(self.optimizer, plain_named_parameters(self.prior)),
             "average": self.average.state_dict(),
             "scales": self.scales.state_dict(),
+            "power_sgd": self.power_sgd.state_dict() if self.power_sgd else {},
         }
 
     def _load(self, state: dict[str, Any]) -> None:
