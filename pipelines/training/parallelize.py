@@ -10,7 +10,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from models.prior import Prior, PriorConfig, initial_values
+from models.prior import Prior, PriorConfig, Resblock, initial_values
 from models.resblock_scaling import ResblockScales
 from pipelines.training.power_sgd import PowerSGD
 from pipelines.training.sharding import BETWEEN, ShardingConfig, shard_prior
@@ -41,6 +41,7 @@ def build_prior(
     with torch.device("meta"):
         prior = Prior(config)
     for index, resblock in enumerate(prior.resblocks):
+        assert isinstance(resblock, Resblock)
         resblock.recomputes = recompute == "selective"
         if recompute == "full":
             prior.resblocks[index] = checkpoint_wrapper(resblock)

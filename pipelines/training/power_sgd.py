@@ -11,11 +11,13 @@ of its shard, and shards of the same part of a matrix are reduced between the ma
     gradient = P Rᵀ · gradient scale;  error = M - P Rᵀ
 
 What is lost stays in the error and is sent later: the sum of what is applied is the sum of the
-gradients, less the last error. Gains, biases and all that is no resblock's (embeddings, heads) are
+gradients, less the last error. With a fixed Q the error has no part in P (error · Q is 0): it is
+sent as gradients turn into other directions, which those of new samples do, and would never be if
+they stood still. Gains, biases and all that is no resblock's (embeddings, heads) are
 reduced whole, in fp32.
 
-FSDP calls `PowerSGD` between the reduction within the group and the gradient's place, so that it is
-hidden behind the backward pass, and clipping, scaling and the optimizer see a gradient as any other.
+FSDP calls the hooks between the reduction within the group and the gradient's place, so that it is
+hidden behind the backward pass, and clipping, scaling and the optimizer see gradients as always.
 
 An update that is skipped because a gradient is not finite loses what it sent, as in the paper. A
 matrix that is not finite itself keeps the error that it had: the paper sets it to zero.
@@ -83,7 +85,8 @@ class PowerSGD:
         self.config, self.group, self.seed = config, group, seed
         self.sent_bytes = 0
         """Handed to the network so far."""
-        self._errors: dict[str, DTensor] = {}
+        self.errors: dict[str, DTensor] = {}
+        """By parameter name, sharded as the parameters are."""
         self._sketches: dict[tuple[int, int], Tensor] = {}
         for module, parameters in units:
             hook = _Hook(self, module, parameters)
@@ -96,22 +99,22 @@ class PowerSGD:
         a checkpoint need not hold one for every machine, and whoever goes on from it, with as many
         machines or others, goes on as this training does.
         """
-        for error in self._errors.values():
+        for error in self.errors.values():
             local = error.to_local()
             dist.all_reduce(local.div_(self.group.size()), group=self.group)
-        return dict(self._errors)
+        return dict(self.errors)
 
     def error_of(self, name: str, parameter: DTensor) -> Tensor:
         """A matrix's error: this rank's shard."""
         local = torch.zeros_like(parameter.to_local(), device=parameter.device)
-        self._errors[name] = DTensor.from_local(
+        self.errors[name] = DTensor.from_local(
             local,
             parameter.device_mesh,
             parameter.placements,
             shape=parameter.shape,
             stride=parameter.stride(),
         )
-        return self._errors[name].to_local()
+        return self.errors[name].to_local()
 
     def sketch(self, columns: int, rank: int, device: torch.device) -> Tensor:
         """Q of all matrices of that size: drawing it anew hurts (paper, appendix E)."""

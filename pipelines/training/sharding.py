@@ -1,8 +1,8 @@
 """How the prior's weights lie on the workers: FSDP2, a unit a resblock.
 
-Workers are cut into groups of `group_size`, in the order of their ranks: those of a machine. A group
-holds the weights once, each worker a shard; the groups are replicas of each other (paper, section
-2.5). With one group only that is plain FSDP, with several it is hybrid sharding.
+Workers are cut into groups of `group_size`, in the order of their ranks: those of a machine. A
+group holds the weights once, each worker a shard; the groups are replicas of each other (paper,
+section 2.5). With one group only that is plain FSDP, with several it is hybrid sharding.
 
 In 16 bits the weights of a resblock are cast before they are gathered, where autocast would cast
 them after: the same numbers at half the traffic, and nothing for autocast to keep. Gradients are
@@ -11,6 +11,8 @@ bits. A LayerNorm's gain and bias are never in 16 bits (paper, appendix D.2), so
 their own, which stays gathered: a few kB.
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from models.prior import Prior
+from models.prior import Prior, Resblock
 from pipelines.training.power_sgd import PowerSGDConfig
 
 BETWEEN, WITHIN = "between_groups", "within_group"
@@ -78,8 +80,8 @@ def shard_prior(
     one_level = world_size == shards or config.power_sgd.enabled
     used = mesh[WITHIN] if one_level else mesh
 
-    def place(parameter: nn.Parameter) -> Shard | None:
-        return _placement(parameter, shards)
+    def place(parameter: nn.Parameter) -> Shard:
+        return Shard(sharded_dimension(parameter.shape, shards))
 
     branches = MixedPrecisionPolicy(
         param_dtype=branch_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -102,18 +104,17 @@ def shard_prior(
 def layer_norm(resblock: nn.Module) -> nn.Module:
     """A resblock's LayerNorm, whether its activations are recomputed or not."""
     inner = getattr(resblock, "_checkpoint_wrapped_module", resblock)
-    norm: nn.Module = inner.ln
-    return norm
+    assert isinstance(inner, Resblock)
+    return inner.ln
 
 
-def _placement(parameter: nn.Parameter, shards: int) -> Shard | None:
+def sharded_dimension(shape: Sequence[int], shards: int) -> int:
     """The MLP's second matrix (C, 4C) along its longer side, so that shards are nearer a square.
 
     All others along their rows, which are as many as their columns or more. A square compresses
     best: an (m, n) matrix of rank r is sent as r(m + n) numbers.
     """
-    wide = parameter.ndim == 2 and parameter.shape[1] > parameter.shape[0]
-    return Shard(1) if wide and parameter.shape[1] % shards == 0 else None
+    return int(len(shape) == 2 and shape[1] > shape[0] and shape[1] % shards == 0)
 
 
 def _prefetch(prior: Prior) -> None:
@@ -123,7 +124,7 @@ def _prefetch(prior: Prior) -> None:
     or it would wait for the resblock after it.
     """
     units = [_units(resblock) for resblock in prior.resblocks]
-    for before, after in zip(units[:-1], units[1:], strict=True):
+    for before, after in itertools.pairwise(units):
         before[0].set_modules_to_forward_prefetch(after)
         after[0].set_modules_to_backward_prefetch(before[:1])
 
