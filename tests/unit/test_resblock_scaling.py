@@ -160,6 +160,7 @@ def learn(scaling: ResblockScalingConfig, precision: str, scales: Tensor | None)
             warmup_steps=0,
             decay="cosine",
             weight_decay=0.0,
+            moments="fp32",
             epsilon=1e-20,
         ),
     )
