@@ -137,4 +137,4 @@ class UnscaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (scale,) = ctx.saved_tensors
-        return torch.nan_to_num(gradient.float(), 0.0, 0.0, 0.0) / scale, None
+        return torch.nan_to_num(gradient.float(), 0.0, 0.0, 0.0).div_(scale), None
