@@ -7,12 +7,12 @@ import torch
 
 from models.prior import PriorConfig
 from pipelines.training.optimizer import PriorOptimizerConfig
-from pipelines.training.prior_trainer import PriorTrainer, PriorTraining
+from pipelines.training.prior_trainer import Precision, PriorTrainer, PriorTraining
 from pipelines.training.token_loader import TokenBatch
 from tests.benchmarks.measure import Effort, Row, compare_speed
 from tests.benchmarks.prior import LONG, SHORT, lengths, tokens
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 
 
 def rows(effort: Effort) -> list[Row]:

@@ -92,6 +92,14 @@ def test_the_matrices_of_the_resblocks_alone_have_16_bit_state(moments: Moments)
         assert (LOWER_BITS in kept) == is_matrix
 
 
+def test_split_weights_with_16_bit_moments_take_8_bytes_a_parameter() -> None:
+    prior, optimizer = built(moments="paper", master="split")
+    for parameter in prior.resblocks.parameters():
+        tensors = [parameter, *optimizer.state[parameter].values()]
+        size = sum(t.numel() * t.element_size() for t in tensors if t.ndim)
+        assert size == (8 if parameter.ndim == 2 else 12) * parameter.numel()
+
+
 def random_state(moments: Moments, *, halves: bool, size: int = 5000) -> State:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(size, generator=generator) * 0.02
