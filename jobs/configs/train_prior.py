@@ -29,6 +29,9 @@ class TrainPriorJob(Job):
     cadence: Cadence = field(default_factory=Cadence)
     workers: WorkersConfig = field(default_factory=lambda: WorkersConfig(num_workers=1024))
 
+    def __post_init__(self) -> None:
+        self.training.check_workers(self.workers.num_workers)
+
 
 TINY = TrainPriorJob(
     output=Path("runs/quickstart/prior"),
@@ -52,7 +55,12 @@ TINY = TrainPriorJob(
         precision="fp32",
         resblock_scaling="always",
         optimizer=PriorOptimizerConfig(
-            peak_lr=5e-3, warmup_steps=30, decay="cosine", beta2=0.98, clip_norm=1.0
+            peak_lr=5e-3,
+            warmup_steps=30,
+            decay="cosine",
+            beta2=0.98,
+            clip_norm=1.0,
+            moments="fp32",
         ),
         averaging=AveragingConfig(decay=0.8, every=5),
         bpe_dropout=0.0,  # 256 captions, learned by heart
@@ -64,8 +72,9 @@ TINY = TrainPriorJob(
 )
 
 # The training's memory is arithmetic: 20 bytes a parameter (fp32 weights, gradients, two moments,
-# average) over the workers, and a picture's residual stream at every resblock, 4 bytes a number,
-# which recomputation keeps. FLOP are 6 a parameter and token; recomputation adds a third.
+# average), 16 in the resblocks' matrices with 16-bit moments, over the workers, and a picture's
+# residual stream at every resblock, 4 bytes a number, which recomputation keeps. FLOP are 6 a
+# parameter and token; recomputation adds a third.
 SMALL = TrainPriorJob(
     output=Path("runs/small/prior"),
     prior=PriorConfig(n_layers=12, n_heads=12, d_model=768),
@@ -74,7 +83,7 @@ SMALL = TrainPriorJob(
         batch_samples=256,
         micro_batches=8,
         precision="bf16",
-        optimizer=PriorOptimizerConfig(decay="cosine"),
+        optimizer=PriorOptimizerConfig(decay="cosine", moments="fp32"),
     ),
     workers=WorkersConfig(num_workers=1),
 )
@@ -86,7 +95,7 @@ ONE_BILLION = TrainPriorJob(
         batch_samples=512,
         micro_batches=4,
         precision="bf16",
-        optimizer=PriorOptimizerConfig(decay="cosine"),
+        optimizer=PriorOptimizerConfig(decay="cosine", moments="fp32"),
     ),
     workers=WorkersConfig(num_workers=8),
 )
@@ -120,12 +129,12 @@ PRESETS: dict[str, tuple[str, TrainPriorJob]] = {
         ONE_BILLION,
     ),
     "2.8b": (
-        "The paper's smallest: 2,928,258,816 parameters, 64 layers of 1920; 1.8 GB of state and "
+        "The paper's smallest: 2,928,258,816 parameters, 64 layers of 1920; 1.5 GB of state and "
         "10.1 GB for 8 pictures at once on each of 32 GPUs; 9.9e21 FLOP in the paper's updates.",
         TWO_POINT_EIGHT_BILLION,
     ),
     "5.6b": (
-        "The paper's middle one: 5,684,999,424 parameters, 64 layers of 2688; 1.8 GB of state and "
+        "The paper's middle one: 5,684,999,424 parameters, 64 layers of 2688; 1.4 GB of state and "
         "7.0 GB for 4 pictures at once on each of 64 GPUs; 1.9e22 FLOP in the paper's updates.",
         FIVE_POINT_SIX_BILLION,
     ),

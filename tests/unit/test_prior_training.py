@@ -39,7 +39,9 @@ def training(**overrides: Any) -> PriorTraining:
         "batch_samples": 4,
         "precision": "fp32",
         "resblock_scaling": "always",
-        "optimizer": PriorOptimizerConfig(peak_lr=1e-2, warmup_steps=2, decay="cosine"),
+        "optimizer": PriorOptimizerConfig(
+            peak_lr=1e-2, warmup_steps=2, decay="cosine", moments="fp32"
+        ),
         "averaging": AveragingConfig(decay=0.5, every=2),
         "recompute": "none",
     }
