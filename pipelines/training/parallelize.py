@@ -16,6 +16,7 @@ from pipelines.training.power_sgd import PowerSGD
 from pipelines.training.sharding import BETWEEN, ShardingConfig, shard_prior
 
 WRAPPER = "_checkpoint_wrapped_module."
+ALONE = ShardingConfig()
 
 Recompute = Literal["none", "selective", "full"]
 """What of a resblock's activations is made again in the backward pass: nothing; all but what its
@@ -28,8 +29,8 @@ def build_prior(
     device: torch.device,
     seed: int,
     recompute: Recompute,
-    sharding: ShardingConfig,
-    branch_dtype: torch.dtype | None,
+    sharding: ShardingConfig = ALONE,
+    branch_dtype: torch.dtype | None = None,
 ) -> tuple[Prior, PowerSGD | None]:
     """A prior with its initial weights, sharded over the ranks if there are several.
 
@@ -61,8 +62,8 @@ def _units(prior: Prior) -> Iterator[tuple[FSDPModule, dict[str, nn.Parameter]]]
     names = {parameter: name for name, parameter in plain_named_parameters(prior)}
     for module in reversed(list(prior.modules())):  # a unit within another before it
         if isinstance(module, FSDPModule):
-            own = [parameter for parameter in module.parameters() if parameter in names]
-            yield module, {names.pop(parameter): parameter for parameter in own}
+            own = [p for p in module.parameters() if p in names and isinstance(p, DTensor)]
+            yield module, {names.pop(p): p for p in own}
 
 
 def attach_scales(prior: Prior, scales: ResblockScales) -> None:

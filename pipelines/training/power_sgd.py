@@ -13,8 +13,8 @@ of its shard, and shards of the same part of a matrix are reduced between the ma
 What is lost stays in the error and is sent later: the sum of what is applied is the sum of the
 gradients, less the last error. With a fixed Q the error has no part in P (error · Q is 0): it is
 sent as gradients turn into other directions, which those of new samples do, and would never be if
-they stood still. Gains, biases and all that is no resblock's (embeddings, heads) are
-reduced whole, in fp32.
+they stood still. All that is no matrix of a resblock (gains, biases, embeddings, heads) is reduced
+whole, in fp32.
 
 FSDP calls the hooks between the reduction within the group and the gradient's place, so that it is
 hidden behind the backward pass, and clipping, scaling and the optimizer see gradients as always.

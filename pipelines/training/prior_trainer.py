@@ -41,7 +41,7 @@ from pipelines.training.parallelize import (
     plain_named_parameters,
     resblock_gradients,
 )
-from pipelines.training.sharding import ShardingConfig
+from pipelines.training.sharding import ShardingConfig, reduce_vectors
 from pipelines.training.token_loader import TokenBatch
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -207,6 +207,8 @@ class PriorTrainer:
                 loss = self.prior(micro.text_tokens, micro.image_tokens)
             (loss.total / parts).backward()
             losses += torch.stack([value.detach() for value in loss]) / parts
+        if isinstance(self.prior, FSDPModule):
+            reduce_vectors(self.prior)
         return losses
 
     def _check_gradients(self) -> BlockGradients:
