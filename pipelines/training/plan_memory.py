@@ -21,8 +21,8 @@ Device = Literal["cpu", "cuda"]
 FP32 = 4
 
 Kinds = dict[str, float]
-"""Bytes by kind: weights, lower bits, moments, average, gradients, gathered weights, 16-bit weights,
-activations, logits, PowerSGD, working space."""
+"""Bytes by kind: weights, lower bits, moments, average, PowerSGD, gradients, gathered weights,
+16-bit weights, activations, logits, working space."""
 
 
 @dataclass(frozen=True, kw_only=True)
