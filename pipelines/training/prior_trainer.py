@@ -72,8 +72,8 @@ class PriorTraining:
     """Share of samples whose caption is left empty, for sampling with a cond_scale; not the
     paper's."""
     recompute: Recompute = "full"
-    """Activations made again in the backward pass: "none"; "selective": LayerNorm, attention and
-    GELU, but no large product; "full": all but every resblock's input, as in the paper."""
+    """Of activations, in the backward pass: "selective": LayerNorm, attention, GELU; "full": all but
+    every resblock's input, as in the paper."""
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     seed: int = 0
 
