@@ -72,8 +72,7 @@ class PriorTraining:
     """Share of samples whose caption is left empty, for sampling with a cond_scale; not the
     paper's."""
     recompute: Recompute = "full"
-    """Of activations, in the backward pass: "selective": LayerNorm, attention, GELU; "full": all but
-    every resblock's input, as in the paper."""
+    """Backwards: "selective": LayerNorm, attention, GELU; "full": whole resblocks, as the paper."""
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     seed: int = 0
 
@@ -207,8 +206,7 @@ class PriorTrainer:
                 loss = self.prior(micro.text_tokens, micro.image_tokens)
             (loss.total / parts).backward()
             losses += torch.stack([value.detach() for value in loss]) / parts
-        if isinstance(self.prior, FSDPModule):
-            reduce_vectors(self.prior)
+        reduce_vectors(self.prior)
         return losses
 
     def _check_gradients(self) -> BlockGradients:

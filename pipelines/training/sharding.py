@@ -113,7 +113,9 @@ def is_replicated(parameter: Tensor) -> bool:
 
 @torch.no_grad()
 def reduce_vectors(prior: Prior) -> None:
-    """Replace the gradients of what is whole on every rank by their mean over the ranks."""
+    """Replace the gradients of what is whole on every rank by their mean over the ranks, if many."""
+    if not isinstance(prior, FSDPModule):
+        return
     gradients = [
         parameter.grad
         for parameter in prior.resblocks.parameters()
