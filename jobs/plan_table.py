@@ -47,7 +47,8 @@ def _work(plan: TrainingPlan) -> Table:
     resblocks, steps = setting.model.n_resblocks, training.steps
     table.add_row("parameters", f"{plan.parameters:,}, in {resblocks} resblocks")
     table.add_row("tokens", f"{plan.tokens:,}, in {steps:,} updates of {training.batch_samples:,}")
-    table.add_row("FLOP", f"{plan.flop:.3g}, and {plan.repeated_flop:.2g} of recomputation")
+    repeated = f"{plan.repeated_flop:.2g}" if plan.repeated_flop else "none"
+    table.add_row("FLOP", f"{plan.flop:.3g}, and {repeated} of recomputation")
     groups = setting.workers // setting.shards
     table.add_row(
         "workers", f"{setting.workers:,}: {groups:,} replica(s) in {setting.shards} parts"

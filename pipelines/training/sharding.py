@@ -113,7 +113,7 @@ def is_replicated(parameter: Tensor) -> bool:
 
 @torch.no_grad()
 def reduce_vectors(prior: Prior) -> None:
-    """Replace the gradients of what is whole on every rank by their mean over the ranks, if many."""
+    """Replace the gradients of what is whole on every rank by their mean over the ranks."""
     if not isinstance(prior, FSDPModule):
         return
     gradients = [
