@@ -108,6 +108,12 @@ def _failures(plan: TrainingPlan) -> Iterator[str]:
 
 def _network(plan: TrainingPlan) -> Iterator[str]:
     network = plan.network
+    if plan.group_spans_machines:
+        yield (
+            f"{plan.setting.shards} workers share the weights, a machine has "
+            f"{plan.config.gpus_per_node}: every resblock is gathered over the network, and how "
+            "long that takes is not planned"
+        )
     if network is None:
         return
     power_sgd = plan.setting.training.sharding.power_sgd

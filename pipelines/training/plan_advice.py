@@ -51,30 +51,8 @@ def _changed(setting: Setting, changes: Sequence[dict[str, Any]]) -> Setting:
 
 
 def _choices(setting: Setting) -> Iterator[list[tuple[str, dict[str, Any]]]]:
-    """What may be changed, with the fields it sets; first no change, and what costs no time."""
+    """What may be changed, with the fields it sets; no change first. Last what costs the least."""
     training, unchanged = setting.training, [("", dict[str, Any]())]
-    share = training.batch_samples // setting.workers
-    group = training.sharding.group_size
-    yield unchanged + [
-        (f"--training.sharding.group-size {size}", {"group_size": size})
-        for size in (2 * group, 4 * group, 8 * group)
-        if size <= setting.workers
-    ]
-    yield unchanged + [
-        (f"--training.optimizer.moments {moments}", {"moments": moments})
-        for moments in ("bf16",)
-        if training.optimizer.moments == "fp32"
-    ]
-    order = list(get_args(Recompute))
-    yield unchanged + [
-        (f"--training.recompute {choice}", {"recompute": choice})
-        for choice in order[order.index(training.recompute) + 1 :]
-    ]
-    yield unchanged + [
-        (f"--training.micro-batches {parts}", {"micro_batches": parts})
-        for parts in (2 * training.micro_batches, 4 * training.micro_batches, share)
-        if parts > training.micro_batches and share % parts == 0
-    ]
     compact = {"master": "split", "step": "in_backward", "clip_norm": 0.0, "keep_on": "host"}
     yield unchanged + [
         (
@@ -83,6 +61,27 @@ def _choices(setting: Setting) -> Iterator[list[tuple[str, dict[str, Any]]]]:
             compact,
         )
         for _ in range(setting.workers == 1 and training.optimizer.master == "fp32")
+    ]
+    yield unchanged + [
+        ("--training.optimizer.moments bf16", {"moments": "bf16"})
+        for _ in range(training.optimizer.moments == "fp32")
+    ]
+    group = training.sharding.group_size
+    yield unchanged + [
+        (f"--training.sharding.group-size {size}", {"group_size": size})
+        for size in (2 * group, 4 * group, 8 * group)
+        if size <= setting.workers
+    ]
+    order = list(get_args(Recompute))
+    yield unchanged + [
+        (f"--training.recompute {choice}", {"recompute": choice})
+        for choice in order[order.index(training.recompute) + 1 :]
+    ]
+    share = training.batch_samples // setting.workers
+    yield unchanged + [
+        (f"--training.micro-batches {parts}", {"micro_batches": parts})
+        for parts in (2 * training.micro_batches, 4 * training.micro_batches, share)
+        if parts > training.micro_batches and share % parts == 0
     ]
 
 

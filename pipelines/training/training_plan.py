@@ -106,7 +106,7 @@ class TrainingPlan:
     checkpoint_bytes: float
     durations: tuple[Duration, ...]
     network: Network | None
-    """None on one machine."""
+    """None on one machine, and where a group spans several."""
 
     @property
     def peak(self) -> float:
@@ -115,6 +115,11 @@ class TrainingPlan:
     @property
     def fits(self) -> bool:
         return self.peak <= self.config.memory
+
+    @property
+    def group_spans_machines(self) -> bool:
+        """Then weights are gathered over the network, which is not planned."""
+        return self.setting.shards > self.config.gpus_per_node
 
     @property
     def hours_to_failure(self) -> float:
@@ -220,7 +225,7 @@ def _network(setting: Setting, config: PlanConfig, update_seconds: float) -> Net
     The reduction has the backward pass to hide behind, two thirds of an update.
     """
     nodes = setting.workers // config.gpus_per_node
-    if nodes < 2:
+    if nodes < 2 or setting.shards > config.gpus_per_node:
         return None
     sharding = setting.training.sharding
     shards = setting.shards

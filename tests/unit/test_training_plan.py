@@ -89,6 +89,7 @@ def test_powersgd_saves_the_paper_s_share_and_pays_on_slow_networks_only() -> No
     assert half is not None
     assert half.pays_below_gbit == pytest.approx(network.pays_below_gbit / 2)
     assert plan_of("1b").network is None
+    assert plan_of("12b", gpus_per_node=4).group_spans_machines
 
 
 @pytest.mark.parametrize(
