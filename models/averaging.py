@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +15,8 @@ class AveragingConfig:
     decay: float = 0.99
     every: int = 25
     """Updates between two additions to the average."""
+    keep_on: Literal["device", "host"] = "device"
+    """Where the average lies. The paper keeps it on the host, as 12B on one GPU must."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
@@ -25,14 +28,12 @@ class AveragingConfig:
 class IterateAverage:
     """The average of a model's parameters (a rank's own shards of them), by parameter name."""
 
-    def __init__(
-        self, parameters: Iterable[tuple[str, nn.Parameter]], config: AveragingConfig
-    ) -> None:
+    def __init__(self, parameters: Iterable[tuple[str, Tensor]], config: AveragingConfig) -> None:
         self.config = config
-        self.shadow = {name: value.detach().clone() for name, value in parameters}
+        self.shadow = {name: self._placed(value).clone() for name, value in parameters}
 
     @torch.no_grad()
-    def update(self, parameters: Iterable[tuple[str, nn.Parameter]], step: int) -> None:
+    def update(self, parameters: Iterable[tuple[str, Tensor]], step: int) -> None:
         """Take the parameters after update number `step` (1, 2, …) in, if it is one to take."""
         if step % self.config.every:
             return
@@ -40,12 +41,12 @@ class IterateAverage:
         # random initial weights would fill the average for 1 / (1 - decay) additions.
         taken = step // self.config.every
         decay = min(self.config.decay, taken / (taken + 9))
-        averages: list[Tensor] = []
-        values: list[Tensor] = []
+        # One at a time: of split weights the fp32 ones exist only here.
         for name, value in parameters:
-            averages.append(self.shadow[name])
-            values.append(value.detach())
-        torch._foreach_lerp_(averages, values, 1 - decay)
+            self.shadow[name].lerp_(self._placed(value), 1 - decay)
+
+    def _placed(self, value: Tensor) -> Tensor:
+        return value.detach() if self.config.keep_on == "device" else value.detach().cpu()
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.shadow

@@ -1,7 +1,8 @@
 """What a branch of the prior is made of: `Linear`, and GELU in its tanh form, as fast as a CPU can.
 
 torch runs fp32 products through MKL, which keeps to AVX2 on processors that are not Intel's; oneDNN
-takes what there is. Both multiply and add in fp32. In 16 bits torch takes oneDNN itself.
+takes what there is. Both multiply and add in fp32. In 16 bits torch takes oneDNN itself, and what
+is ours is the bias: its gradient is fp32, as the paper keeps all of biases (appendix D.2).
 
 Letters: M rows, C channels in, K channels out.
 """
@@ -25,18 +26,28 @@ CUBIC = LINEAR * 0.044715
 
 
 class Linear(nn.Linear):
-    """nn.Linear, forwards and backwards through oneDNN where that is faster."""
+    """nn.Linear, forwards and backwards through oneDNN where that is faster.
+
+    Under autocast it runs in 16 bits, with a gradient of the bias in fp32.
+    """
 
     def forward(self, x: Tensor) -> Tensor:  # (…, C) -> (…, K)
-        if torch.is_autocast_enabled(x.device.type) or not _suits_onednn(x):
+        y: Tensor
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            y = F.linear(x.to(dtype), self.weight.to(dtype), self.bias.detach().to(dtype))
+            y = _BiasGradient.apply(y, self.bias)
+            return y
+        if not _suits_onednn(x):
             return F.linear(x, self.weight, self.bias)
-        y: Tensor = _Linear.apply(x, self.weight, self.bias)
+        y = _Linear.apply(x, self.weight, self.bias)
         return y
 
 
 def gelu(x: Tensor) -> Tensor:
     """F.gelu(x, approximate="tanh")."""
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
     y: Tensor = _Gelu.apply(x)
     return y
@@ -59,6 +70,8 @@ def transposed_product(g: Tensor, x: Tensor) -> Tensor:
 
 
 def _suits_onednn(x: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False  # the compiler chooses kernels itself, and cannot see into ours
     if x.device.type != "cpu" or x.dtype != torch.float32 or not _has_onednn():
         return False
     return x.numel() >= ENOUGH_ROWS * x.shape[-1]
@@ -83,6 +96,26 @@ class _Linear(torch.autograd.Function):
         rows = gradient.flatten(0, -2)
         dx = product(rows, w.t()).view(x.shape) if ctx.needs_input_grad[0] else None
         return dx, transposed_product(rows, x.flatten(0, -2)), rows.sum(dim=0)
+
+
+class _BiasGradient(torch.autograd.Function):
+    """Nothing forwards; backwards the gradient of a bias that was added in 16 bits, in fp32.
+
+    Torch's own under autocast sums it into 16 bits: at a scale that suits the rest of a resblock
+    the sum over all rows is the first number to overflow. Beside the product, not around it: torch
+    keeps its own product's factors before it multiplies, so that a recomputation stops there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, b: Tensor) -> Tensor:
+        ctx.dtype = b.dtype
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        summed = gradient.flatten(0, -2).sum(dim=0, dtype=torch.float32)
+        return gradient, summed.to(ctx.dtype)
 
 
 class _Gelu(torch.autograd.Function):

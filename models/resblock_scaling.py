@@ -4,7 +4,8 @@ The norms of activation gradients fall from block to block by more than fp16's e
 that one loss scale for the whole model underflows at one end or overflows at the other. Here every
 resblock has a scale of its own: the gradient that arrives on the fp32 residual stream is multiplied
 by it, runs through the 16-bit branch, is cleared of what is not finite, divided by it, and added to
-the stream.
+the stream. Parameters' gradients come out multiplied by their block's scale too; `ResblockScales`
+checks them, divides them and moves the scales. None of it asks the device for a number.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +22,8 @@ class ResblockScalingConfig:
 
     The paper starts at M · 2^13 and stays in M · [2^7, 2^24] with M data-parallel replicas, because
     its loss is divided by the overall batch. Ours is the mean over a replica's batch, and the
-    replicas' mean is taken by the reduction: M cancels.
+    replicas' mean is taken by the reduction: M cancels. What remains of M is the number of micro
+    batches, by which a replica does divide its loss (`ResblockScales`, `parts`).
     """
 
     initial: float = 2.0**13
@@ -32,7 +34,7 @@ class ResblockScalingConfig:
     backoff: float = 2**-0.5
     """Factor after a step in which one is not."""
     patience: int = 125
-    """Steps in which a scale is divided at most once."""
+    """Updates in which a scale is divided at most once."""
 
     def __post_init__(self) -> None:
         if not 0 < self.lowest <= self.initial <= self.highest:
@@ -43,14 +45,22 @@ class ResblockScalingConfig:
 
 
 class ResblockScales:
-    """The scale of every resblock, in `values` (K,) fp32, and the rule that moves them."""
+    """The scale of every resblock, in `values` (K,) fp32, and the rule that moves them.
+
+    `parts` is the number by which a replica's loss is divided before its backward pass: the scales
+    and their limits are multiplied by it.
+    """
 
     def __init__(
-        self, n_resblocks: int, config: ResblockScalingConfig, device: torch.device
+        self,
+        n_resblocks: int,
+        config: ResblockScalingConfig,
+        device: torch.device,
+        parts: int = 1,
     ) -> None:
-        self.config = config
-        self.values = torch.full((n_resblocks,), config.initial, device=device)
-        # Steps since a scale was divided last; "long ago" at the start.
+        self.config, self.parts = config, parts
+        self.values = torch.full((n_resblocks,), config.initial * parts, device=device)
+        # Updates since a scale was divided last; "long ago" at the start.
         self.rested = torch.full((n_resblocks,), config.patience, device=device)
 
     def unscale_(
@@ -65,22 +75,28 @@ class ResblockScales:
         caller does.
         """
         flags = torch.zeros_like(self.values)
+        inverse = self.values.reciprocal()
         for block, tensors in enumerate(gradients):
-            if tensors:
+            # The operator takes one dtype at a time.
+            for dtype in {tensor.dtype for tensor in tensors}:
                 torch._amp_foreach_non_finite_check_and_unscale_(
-                    list(tensors), flags[block : block + 1], self.values[block].reciprocal()
+                    [tensor for tensor in tensors if tensor.dtype == dtype],
+                    flags[block : block + 1],
+                    inverse[block],
                 )
         # One all-reduce for all flags: one per block would wait on the network n_resblocks times.
         flags = all_reduce_max(flags)
-        self._update(flags > 0)
+        self.move(flags > 0)
         return flags
 
-    def _update(self, overflowed: Tensor) -> None:
+    def move(self, overflowed: Tensor) -> None:
+        """Grow, divide or keep every scale after an update, by whether its block overflowed."""
         config = self.config
         divide = overflowed & (self.rested >= config.patience)
         factor = torch.where(divide, config.backoff, torch.where(overflowed, 1.0, config.growth))
-        self.values.mul_(factor).clamp_(config.lowest, config.highest)
-        self.rested.add_(1).masked_fill_(divide, 0)
+        self.values.mul_(factor).clamp_(config.lowest * self.parts, config.highest * self.parts)
+        # A scale divided in update n may be divided again in update n + patience.
+        self.rested.masked_fill_(divide, 0).add_(1)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"values": self.values, "rested": self.rested}
@@ -121,4 +137,4 @@ class UnscaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (scale,) = ctx.saved_tensors
-        return torch.nan_to_num(gradient.float(), 0.0, 0.0, 0.0) / scale, None
+        return torch.nan_to_num(gradient.float(), 0.0, 0.0, 0.0).div_(scale), None

@@ -1,13 +1,16 @@
 """AdamW with the paper's values for the prior, and the rule for its step size."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from models.schedules import PlateauConfig, PlateauHalving, cosine, linear_warmup
+from pipelines.training.adamw_rule import Moments, Rule
+from pipelines.training.compact_adamw import CompactAdamW
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,28 +29,77 @@ class PriorOptimizerConfig:
     weight_decay: float = 4.5e-2
     """On the weights of Linear layers only; the paper does not say on which."""
     clip_norm: float = 4.0
-    """Largest global norm of the gradients."""
+    """Largest global norm of the gradients; 0: any."""
+    moments: Moments = "paper"
+    """How AdamW keeps the moments of the resblocks' matrices: in fp32, in bf16, or in the paper's
+    formats of 6 exponent bits, with the variance clipped to 5. All else has them in fp32."""
+    master: Literal["fp32", "split"] = "fp32"
+    """How the resblocks' matrices keep their fp32 weights: as such, or as a bf16 weight, which the
+    model uses as it is, and the 16 bits that it lacks. The paper does not say."""
+    step: Literal["after", "in_backward"] = "after"
+    """Update after the backward pass (the paper), or each resblock as soon as it has its gradients,
+    so that all gradients never exist at once."""
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.epsilon > 0):
+            raise ValueError(
+                "beta1 and beta2 must be in [0, 1) and epsilon above 0, "
+                f"got {self.beta1}, {self.beta2}, {self.epsilon}"
+            )
+        if self.clip_norm < 0:
+            raise ValueError(f"clip_norm must be above 0, or 0 for none, got {self.clip_norm}")
+        if self.step == "in_backward" and self.clip_norm:
+            raise ValueError(
+                "optimizer.step in_backward excludes optimizer.clip_norm, because the global norm "
+                f"is known only after the last update: clip_norm must be 0, got {self.clip_norm}; "
+                "or set step to after"
+            )
 
 
-def build_optimizer(model: nn.Module, config: PriorOptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over a model's (sharded) parameters, in two groups: decayed and not."""
+def build_optimizer(model: nn.Module, config: PriorOptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW over a model's (sharded) parameters; torch's own if all of its state is fp32.
+
+    In groups: decayed matrices of the resblocks, other decayed ones, and what is not decayed,
+    sharded or whole on every rank: torch's own takes no group of both.
+    """
+    compact: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
+    whole: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_linear = parameter.ndim == 2 and name.endswith("weight") and "embedding" not in name
-        (decayed if is_linear else others).append(parameter)
+        if is_linear:
+            (compact if name.startswith("resblocks.") else decayed).append(parameter)
+        else:
+            (others if isinstance(parameter, DTensor) else whole).append(parameter)
     groups = [
+        {"params": compact, "weight_decay": config.weight_decay, "compact": True},
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
+        {"params": whole, "weight_decay": 0.0},
     ]
-    # Fused: one pass over the memory, which bounds AdamW (7 times faster than foreach on a CPU).
-    return torch.optim.AdamW(
-        groups,
-        lr=config.peak_lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.epsilon,
-        fused=True,
+    if config.moments == "fp32" and config.master == "fp32" and config.step == "after":
+        # Fused: one pass over the memory, which bounds AdamW (7 times faster than foreach on a
+        # CPU).
+        betas = (config.beta1, config.beta2)
+        return torch.optim.AdamW(
+            groups, lr=config.peak_lr, betas=betas, eps=config.epsilon, fused=True
+        )
+    rule = Rule(
+        beta1=config.beta1, beta2=config.beta2, epsilon=config.epsilon, moments=config.moments
     )
+    return CompactAdamW(groups, rule, lr=config.peak_lr, split_weights=config.master == "split")
+
+
+def named_masters(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[tuple[str, nn.Parameter]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Parameters in fp32 by name, one at a time: of split ones the fp32 numbers are made here."""
+    for name, parameter in parameters:
+        if isinstance(optimizer, CompactAdamW):
+            yield name, optimizer.master(parameter)
+        else:
+            yield name, parameter.detach()
 
 
 def adam_moments(
@@ -55,7 +107,8 @@ def adam_moments(
 ) -> dict[str, dict[str, Tensor]]:
     """AdamW's state by parameter name, as a checkpoint keeps it and fills it in place.
 
-    Before the first update there is none: it is made as AdamW would make it.
+    16-bit moments are kept as they are, and with them the lower bits of split weights. Before the
+    first update torch's own AdamW has no state: it is made as AdamW would make it.
     """
     moments = {}
     for name, parameter in parameters:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from models.prior import Prior, PriorConfig
+from pipelines.training.block_history import BlockRecord
 from pipelines.training.prior_trainer import PriorTrainer, PriorTraining
 from pipelines.training.token_loader import TokenLoader
 
@@ -35,11 +36,13 @@ def train_prior(
     on_log: Callable[[int, dict[str, float]], None],
     on_resume: Callable[[int, list[str]], None],
     on_weights: Callable[[int, dict[str, Tensor]], None],
+    on_blocks: Callable[[int, BlockRecord], None] = lambda step, record: None,
 ) -> None:
     """Train to the last step; the effects are the caller's.
 
-    `on_log` takes metrics, `on_weights` the averaged weights (every `sample_every` steps and at the
-    end; empty on all ranks but 0). Every rank calls them; the caller acts on rank 0.
+    `on_log` takes metrics and `on_blocks` the resblocks' record, every `log_every` steps,
+    `on_weights` the averaged weights, every `sample_every` steps and at the end; empty on all ranks
+    but 0. Every rank calls them; the caller acts on rank 0.
     """
     trainer = PriorTrainer(model, training, device)
     said = trainer.resume(checkpoints)
@@ -60,7 +63,9 @@ def train_prior(
                 "images_per_second": span * training.batch_samples / elapsed,
                 "data_wait": waited / elapsed,
             }
-            on_log(step, {**metrics, **rates, **_scale_metrics(trainer)})
+            record = trainer.block_record()
+            on_log(step, {**metrics, **rates, **_scale_metrics(trainer, record)})
+            on_blocks(step, record)
             clock, waited = time.monotonic(), 0.0
         if step % cadence.checkpoint_every == 0 or last:
             trainer.save(checkpoints, cadence.keep_checkpoints)
@@ -77,13 +82,12 @@ def load_weights(model: PriorConfig, weights: dict[str, Tensor]) -> Prior:
     return prior.eval()
 
 
-def _scale_metrics(trainer: PriorTrainer) -> dict[str, float]:
+def _scale_metrics(trainer: PriorTrainer, record: BlockRecord) -> dict[str, float]:
     """log2 of the resblocks' gradient scales, if they are in use."""
     if not trainer.training.scales_resblocks:
         return {}
-    exponents = trainer.scales.values.log2()
     return {
-        "gradient_scale_log2.lowest": float(exponents.min()),
-        "gradient_scale_log2.mean": float(exponents.mean()),
-        "gradient_scale_log2.highest": float(exponents.max()),
+        "gradient_scale_log2.lowest": float(record.scales.min()),
+        "gradient_scale_log2.mean": float(record.scales.mean()),
+        "gradient_scale_log2.highest": float(record.scales.max()),
     }

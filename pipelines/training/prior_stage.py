@@ -14,9 +14,11 @@ from pipelines.data.storage import Location, sha256_file
 from pipelines.data.tokenizer import CaptionTokenizer
 from pipelines.sampling.engine import Sampler
 from pipelines.sampling.grid import captioned_rows
+from pipelines.training.block_history import BlockHistory, BlockRecord
 from pipelines.training.prior_loop import Cadence, load_weights, train_prior
 from pipelines.training.prior_trainer import PriorTraining
 from pipelines.training.run_directory import write_result
+from pipelines.training.scale_picture import scale_picture
 from pipelines.training.token_loader import TokenLoader
 from pipelines.training.tracking import Tracker
 from pipelines.training.weights import load_stage_one, save_model
@@ -69,6 +71,7 @@ def run_prior_stage(
         on_log=desk.log if desk else _ignore,
         on_resume=desk.resume if desk else _ignore,
         on_weights=desk.keep if desk else _ignore,
+        on_blocks=desk.record if desk else _ignore,
     )
 
 
@@ -84,6 +87,7 @@ class _Desk:
     ) -> None:
         self.stage, self.manifest, self.loader, self.tokenizer = stage, manifest, loader, tokenizer
         self.tracker = Tracker(stage.output, stage.tracking_uri, stage.run_id)
+        self.blocks = BlockHistory(stage.output)
         self.metrics: dict[str, float] = {}
         self.started = time.monotonic()
 
@@ -93,11 +97,18 @@ class _Desk:
 
     def resume(self, step: int, said: list[str]) -> None:
         self.tracker.rewind(step)
+        self.blocks.rewind(step)
         for line in said:
             print(line, flush=True)
 
+    def record(self, step: int, record: BlockRecord) -> None:
+        self.blocks.add(record)
+
     def keep(self, step: int, weights: dict[str, Tensor]) -> None:
         self._preview(step, weights)
+        if self.blocks.records:
+            picture = scale_picture(self.blocks.records, f"resblocks, update {step}")
+            self.tracker.log_image("resblocks", picture, step)
         if step < self.stage.training.steps:
             return
         result = {

@@ -1,5 +1,6 @@
 """One update of the prior, and everything that a resumed training must find again as it was."""
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -15,13 +16,24 @@ from models.averaging import AveragingConfig, IterateAverage
 from models.prior import PriorConfig
 from models.resblock_scaling import ResblockScales, ResblockScalingConfig
 from pipelines.training import checkpoint
+from pipelines.training.backward_updates import BackwardUpdates
+from pipelines.training.block_history import BlockRecord
+from pipelines.training.compact_adamw import CompactAdamW
+from pipelines.training.gradient_norms import (
+    BlockGradients,
+    clip_,
+    parameter_blocks,
+    squared_norms,
+)
 from pipelines.training.optimizer import (
     PriorOptimizerConfig,
     StepSize,
     adam_moments,
     build_optimizer,
+    named_masters,
 )
 from pipelines.training.parallelize import (
+    Recompute,
     all_reduce,
     attach_scales,
     build_prior,
@@ -29,6 +41,7 @@ from pipelines.training.parallelize import (
     plain_named_parameters,
     resblock_gradients,
 )
+from pipelines.training.sharding import ShardingConfig, reduce_vectors
 from pipelines.training.token_loader import TokenBatch
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -58,11 +71,9 @@ class PriorTraining:
     caption_dropout: float = 0.0
     """Share of samples whose caption is left empty, for sampling with a cond_scale; not the
     paper's."""
-    recompute: bool = True
-    """Recompute every resblock's activations in the backward pass."""
-    keep_gathered: bool = False
-    """Keep a resblock's gathered weights from the forward to the backward pass: a third fewer
-    messages, for all of the weights in every worker's memory. The paper drops them at once."""
+    recompute: Recompute = "full"
+    """Backwards: "selective": LayerNorm, attention, GELU; "full": whole resblocks, as the paper."""
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,6 +86,31 @@ class PriorTraining:
             raise ValueError(f"bpe_dropout must be in [0, 1), got {self.bpe_dropout}")
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout must be in [0, 1), got {self.caption_dropout}")
+        if self.optimizer.step == "in_backward" and self.micro_batches > 1:
+            raise ValueError(
+                "optimizer.step in_backward excludes micro_batches, whose gradients would have to "
+                f"be kept: micro_batches must be 1, got {self.micro_batches}; lower batch_samples, "
+                "or set optimizer.step to after"
+            )
+        if self.optimizer.master == "split" and self.precision != "bf16":
+            raise ValueError(
+                "optimizer.master split keeps bf16 weights: precision must be bf16, "
+                f"got {self.precision}; or set optimizer.master to fp32"
+            )
+
+    def check_workers(self, num_workers: int) -> None:
+        """Refuse what only one worker can do."""
+        alone = {
+            "optimizer.master split": self.optimizer.master == "split",
+            "optimizer.step in_backward": self.optimizer.step == "in_backward",
+            "averaging.keep_on host": self.averaging.keep_on == "host",
+        }
+        for name, chosen in alone.items():
+            if chosen and num_workers > 1:
+                raise ValueError(
+                    f"{name} is for a training of one worker, got {num_workers}: "
+                    "workers share the state out, so leave it at its default"
+                )
 
     @property
     def scales_resblocks(self) -> bool:
@@ -87,59 +123,79 @@ class PriorTrainer:
     """The state of a training; every rank holds its shards."""
 
     def __init__(self, model: PriorConfig, training: PriorTraining, device: torch.device) -> None:
+        training.check_workers(dist.get_world_size() if dist.is_initialized() else 1)
         self.training, self.device = training, device
-        self.prior = build_prior(
+        self.prior, self.power_sgd = build_prior(
             model,
             device=device,
             seed=training.seed,
             recompute=training.recompute,
-            keep_gathered=training.keep_gathered,
+            sharding=training.sharding,
+            branch_dtype=DTYPES.get(training.precision),
         )
         self.optimizer = build_optimizer(self.prior, training.optimizer)
         self.step_size = StepSize(training.optimizer, training.steps)
-        self.average = IterateAverage(plain_named_parameters(self.prior), training.averaging)
-        self.scales = ResblockScales(model.n_resblocks, training.scaling, device)
+        self.average = IterateAverage(self._masters(), training.averaging)
+        self.scales = ResblockScales(
+            model.n_resblocks, training.scaling, device, training.micro_batches
+        )
         if training.scales_resblocks:
             attach_scales(self.prior, self.scales)
+        self.blocks = parameter_blocks(self.prior)
+        self.backward_updates: BackwardUpdates | None = None
+        if training.optimizer.step == "in_backward":
+            assert isinstance(self.optimizer, CompactAdamW)
+            scales = self.scales if training.scales_resblocks else None
+            self.backward_updates = BackwardUpdates(self.prior, self.optimizer, scales)
         self.step = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
+        self._overflows = torch.zeros(model.n_resblocks, device=device)
+        self._norms = torch.zeros(model.n_resblocks, device=device)
 
     def update(self, batch: TokenBatch) -> dict[str, float]:
         """One update on this rank's samples; skipped everywhere if a gradient is not finite."""
-        losses = self._backward(batch)
-        finite = torch.ones((), device=self.device)
-        if self.training.scales_resblocks:
-            flags = self.scales.unscale_(resblock_gradients(self.prior), all_reduce("max"))
-            finite = 1 - flags.amax()
-        norm = full(
-            torch.nn.utils.clip_grad_norm_(
-                self.prior.parameters(), self.training.optimizer.clip_norm, foreach=True
-            )
-        )
-        applied = bool(finite) and bool(torch.isfinite(norm))
         lr = self.step_size.at(self.step)
-        if applied:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        losses = self._backward(batch)
+        found = self._check_gradients()
+        sums = all_reduce("avg")(torch.cat((found.squares, losses)))
+        norms, losses = sums[: len(self.blocks)].sqrt(), sums[len(self.blocks) :]
+        self._norms = norms[:-1]
+        self._overflows += found.overflowed[:-1]
+        # The only time that the host waits for the device.
+        overflowed, norm, total, text, image = torch.cat(
+            (found.overflowed.amax(0, keepdim=True), norms.norm()[None], losses)
+        ).tolist()
+        applied = not overflowed and math.isfinite(norm)
+        if applied and self.backward_updates is None:
+            if self.training.optimizer.clip_norm:
+                clip_(list(self.prior.parameters()), norm, self.training.optimizer.clip_norm)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._count(applied)
-        self.average.update(plain_named_parameters(self.prior), self.step)
-        total, text, image = losses.tolist()
+        self.average.update(self._masters(), self.step)
         self.step_size.update(total)
         return {
             "loss": total,
             "text_loss": text,
             "image_loss": image,
-            "grad_norm": float(norm),
+            "grad_norm": norm,
             "lr": lr,
             "skipped_updates": float(self.skipped),
         }
 
+    def block_record(self) -> BlockRecord:
+        """The resblocks' scales, overflows since the last record, and last gradients' norms."""
+        values = torch.stack((self.scales.values.log2(), self._overflows, self._norms))
+        scales, overflows, norms = values.cpu().numpy()
+        self._overflows.zero_()
+        return BlockRecord(self.step, scales, overflows, norms)
+
     def _backward(self, batch: TokenBatch) -> Tensor:
-        """Accumulate the gradients; the mean (total, text, image) losses over all ranks."""
+        """Accumulate the gradients; this rank's (total, text, image) losses."""
         parts = self.training.micro_batches
         micro_batches = list(_split(batch, parts, self.device))
         losses = torch.zeros(3, device=self.device)
@@ -150,7 +206,21 @@ class PriorTrainer:
                 loss = self.prior(micro.text_tokens, micro.image_tokens)
             (loss.total / parts).backward()
             losses += torch.stack([value.detach() for value in loss]) / parts
-        return all_reduce("avg")(losses)
+        reduce_vectors(self.prior)
+        return losses
+
+    def _check_gradients(self) -> BlockGradients:
+        """Unscale what was scaled; which blocks are not finite, and all norms."""
+        if self.backward_updates is not None:
+            return self.backward_updates.finish()
+        overflowed = torch.zeros(len(self.blocks), device=self.device)
+        if self.training.scales_resblocks:
+            flags = self.scales.unscale_(resblock_gradients(self.prior), all_reduce("max"))
+            overflowed[:-1] = flags
+        return BlockGradients(overflowed, squared_norms(self.blocks))
+
+    def _masters(self) -> Iterator[tuple[str, Tensor]]:
+        return named_masters(self.optimizer, plain_named_parameters(self.prior))
 
     def _autocast(self) -> Any:
         precision = self.training.precision
@@ -208,6 +278,7 @@ class PriorTrainer:
             "moments": adam_moments(self.optimizer, plain_named_parameters(self.prior)),
             "average": self.average.state_dict(),
             "scales": self.scales.state_dict(),
+            "power_sgd": self.power_sgd.state_dict() if self.power_sgd else {},
         }
 
     def _load(self, state: dict[str, Any]) -> None:

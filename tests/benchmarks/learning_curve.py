@@ -121,7 +121,7 @@ def manray(config: PriorConfig) -> Student:
     prior.init_weights(0)
     return Student(
         prior,
-        build_optimizer(prior, PriorOptimizerConfig()),
+        build_optimizer(prior, PriorOptimizerConfig(moments="fp32")),
         lambda batch: prior(batch.text_tokens, batch.image_tokens).total,
         lambda batch: prior(batch.text_tokens, batch.image_tokens).image,
     )
@@ -139,7 +139,7 @@ def dalle_pytorch(config: PriorConfig) -> Student:
 
     return Student(
         model,
-        build_optimizer(model, PriorOptimizerConfig()),
+        build_optimizer(model, PriorOptimizerConfig(moments="fp32")),
         lambda batch: model(batch.text_tokens, batch.image_tokens, return_loss=True),
         image_loss,
     )

@@ -136,7 +136,7 @@ def manray(config: PriorConfig) -> Learner:
     prior = Prior(config)
     prior.init_weights(0)
     text, image = tokens(config)
-    optimizer = build_optimizer(prior, PriorOptimizerConfig(peak_lr=LR))
+    optimizer = build_optimizer(prior, PriorOptimizerConfig(peak_lr=LR, moments="fp32"))
     return Learner("manray", prior, optimizer, lambda: prior(text, image).total, ("torch",))
 
 

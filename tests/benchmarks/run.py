@@ -25,6 +25,7 @@ from tests.benchmarks import (
     filtering,
     pictures,
     prior,
+    resblock_scaling,
     sampling,
     tokens,
 )
@@ -42,6 +43,7 @@ ON_DEMAND: dict[str, Callable[[Effort], list[Row]]] = {
     "download": download.rows,
     "encode-pairs": encode_pairs.rows,
     "prior": prior.rows,
+    "resblock-scaling": resblock_scaling.rows,
     "sampling": sampling.rows,
 }
 
@@ -51,7 +53,8 @@ class Bench:
     """Compare parts of manray with their peers, side by side in one run."""
 
     topics: tuple[str, ...] = tuple(TOPICS)
-    """Which to run; download, encode-pairs, prior and sampling take minutes: only if named."""
+    """Which to run; those that take minutes only if named: download, encode-pairs, prior,
+    resblock-scaling, sampling."""
     output: Path = Path("runs/bench")
     """Directory for TOPIC.json; an older one of the same topic is replaced."""
     effort: Effort = field(default_factory=Effort)

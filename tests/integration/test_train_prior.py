@@ -56,6 +56,9 @@ def test_two_workers_train_a_prior_and_a_second_run_does_nothing(
     pictures = MlflowClient(runtime.tracking_uri()).list_artifacts(run.info.run_id, "images")
     steps = {int(re.findall(r"step\D(\d+)", file.path)[0]) for file in pictures}
     assert steps == {8, STEPS}
+    names = {Path(file.path).name for file in pictures}
+    for key in ("samples", "resblocks"):
+        assert any(name.startswith(key) for name in names), key
 
     assert train_prior.main(arguments(tiny, out)) == 0
     again = capsys.readouterr().out.splitlines()

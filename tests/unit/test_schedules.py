@@ -61,7 +61,7 @@ def test_the_average_forgets_the_initial_weights_and_keeps_the_decay() -> None:
 
 def test_only_linear_weights_decay() -> None:
     model = nn.ModuleDict({"linear": nn.Linear(2, 2), "text_embedding": nn.Embedding(2, 2)})
-    decayed, others = build_optimizer(model, PriorOptimizerConfig()).param_groups
+    _, decayed, others = build_optimizer(model, PriorOptimizerConfig()).param_groups
     assert decayed["weight_decay"] == 4.5e-2
     assert [tuple(p.shape) for p in decayed["params"]] == [(2, 2)]
     assert others["weight_decay"] == 0.0
