@@ -74,10 +74,10 @@ class Studio:
                     for text in await asyncio.to_thread(self._said, commission, item, numbers):
                         said = True
                         yield text
-        except ApiError as error:
+        except ApiError as refused:
             if not said:
                 raise
-            yield event({"type": "error"} | error.envelope())
+            yield event({"type": "error"} | refused.envelope())
         except Exception:  # whatever it is, it goes to the log and not to the client
             if not said:
                 raise

@@ -65,8 +65,9 @@ class Envelope:
         try:
             self._access.check_host(Headers(scope=scope))
             await self._app(scope, receive, send_with_id)
-        except ApiError as error:
-            await error_response(error)(scope, receive, send_with_id)
+        except ApiError as refused:
+            said["code"] = refused.code
+            await error_response(refused)(scope, receive, send_with_id)
         except Exception:  # whatever it is, it goes to the log and not to the client
             log.exception("request %r failed", request_id)
             if begun:

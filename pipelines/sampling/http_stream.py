@@ -45,9 +45,7 @@ async def until_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
         await asyncio.gather(task, watch, return_exceptions=True)
 
 
-async def first_item(
-    items: AsyncGenerator[bytes, None], seconds: float
-) -> "asyncio.Task[bytes] | None":
+async def first_item(items: AsyncGenerator[bytes, None], seconds: float) -> "asyncio.Task[bytes]":
     """The first item, or its being waited for after `seconds`; raises what it raises.
 
     Until then an answer can still have another status than 200.

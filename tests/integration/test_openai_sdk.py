@@ -108,7 +108,7 @@ def test_a_pool_is_ranked_best_first_and_paid_as_drawn(
 @pytest.mark.parametrize(("wanted", "kind"), [("png", "PNG"), ("webp", "WEBP"), ("jpeg", "JPEG")])
 def test_formats(client: openai.OpenAI, wanted: Any, kind: str) -> None:
     def ask(quality: int) -> bytes:
-        more = {} if wanted == "png" else {"output_compression": quality}
+        more: dict[str, Any] = {} if wanted == "png" else {"output_compression": quality}
         answer = client.images.generate(
             prompt="dog", output_format=wanted, extra_body={"seed": 1}, **more
         )
@@ -186,9 +186,10 @@ def test_an_edit_is_streamed(client: openai.OpenAI, sampler: Sampler) -> None:
         partial_images=1,
         extra_body={"seed": 9, "keep_rows": 4},
     )
-    partial, completed = list(stream)
+    events: list[Any] = list(stream)
+    partial, completed = events
     assert partial.type == "image_edit.partial_image"
-    assert partial.rows == 6  # type: ignore[union-attr]
+    assert partial.rows == 6
     assert completed.type == "image_edit.completed"
 
 
