@@ -18,6 +18,7 @@ from pipelines.sampling.api import ImagesRequest
 from pipelines.sampling.diagnosis import NonFiniteLogits
 from pipelines.sampling.engine import Sampler, Start
 from pipelines.sampling.http_app import build_app
+from pipelines.sampling.image_tokens import ignore_progress
 from pipelines.sampling.local_pictures import GREY, Item
 from pipelines.sampling.picture_source import Busy, PartialPicture
 from tests.fixtures.http_server import app_of, model_of, serving
@@ -290,7 +291,7 @@ def test_a_stream_that_is_closed_ends_the_drawing_within_one_step(sampler: Sampl
 
     class Slow(Sampler):
         def sample(self, *args: Any, **kwargs: Any) -> Any:
-            watch = kwargs.pop("on_progress")
+            watch = kwargs.pop("on_progress", ignore_progress)
 
             def look(done: int, tokens: torch.Tensor) -> None:
                 steps.append(done)
