@@ -101,7 +101,7 @@ class Batch:
         self._finite = torch.ones(slots, dtype=torch.bool, device=device)
         self._owners: list[_Picture] = []  # of the rows in use, which are the first ones
         self._orders: list[Order] = []  # as they came
-        self.steps = 0
+        self.steps, self.drawn = 0, 0  # how often it stepped; image tokens that came of it
 
     @property
     def busy_slots(self) -> int:
@@ -139,6 +139,11 @@ class Batch:
         order.prefixes = []
         self._free([picture for picture in self._pictures() if picture.order is order])
 
+    def fail_all(self, error: Exception) -> None:
+        """Forget all orders and tell them why."""
+        for order in [*self._orders]:
+            self._fail(order, error)
+
     @torch.inference_mode()
     def step(self) -> None:
         """One token for every slot in use; free slots are taken first."""
@@ -152,6 +157,7 @@ class Batch:
         for sampling, pictures in self._by_sampling().items():
             self._draw(sampling, pictures)
         self.steps += 1
+        self.drawn += len(self._pictures())
         self._fail_broken()
         self._free([picture for picture in self._pictures() if self._report(picture)])
         if self._owners:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -41,10 +41,10 @@ def packed(prior: Prior) -> PackedPrior:
 class Asked:
     """An order and what came of it."""
 
-    def __init__(self, seeds: list[int], text: Tensor, **settings: Any) -> None:
+    def __init__(self, seeds: list[int], text: Tensor, **wanted: Any) -> None:
         self.told: list[Drawn | Exception] = []
-        settings = {"sampling": SamplingConfig()} | settings
-        self.order = Order(text_tokens=text, seeds=seeds, tell=self.told.append, **settings)
+        wanted = {"sampling": SamplingConfig()} | wanted
+        self.order = Order(text_tokens=text, seeds=seeds, tell=self.told.append, **wanted)
 
     def pictures(self) -> dict[int, list[int]]:
         """The tokens of every whole picture by its seed."""
@@ -94,13 +94,13 @@ def test_pictures_are_the_samplers(
     assert asked.pictures() == dict(enumerate(wanted.tolist()))
 
 
-@pytest.mark.parametrize("slots", [2, 3, 5, 8, 16])
+@pytest.mark.parametrize("slots", [2, 5, 16])
 def test_a_picture_is_the_same_in_any_batch_whenever_it_joins(
     packed: PackedPrior, slots: int
 ) -> None:
     texts, chance = prompts(6, TINY), random.Random(slots)
     orders = [
-        Asked([*range(10 * n, 10 * n + 1 + n)], texts[n], sampling=KINDS[n % len(KINDS)])
+        Asked([*range(10 * n, 10 * n + 1 + n % 3)], texts[n], sampling=KINDS[n % len(KINDS)])
         for n in range(6)
     ]
     batch, waiting = Batch(packed, slots), [*orders]
@@ -220,7 +220,7 @@ def test_logits_that_are_not_finite_end_only_their_order(prior: Prior) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "settings"),
+    ("what", "wanted"),
     [
         ("seeds", {"seeds": []}),
         ("top_k", {"sampling": SamplingConfig(top_k=TINY.image_vocab_size + 1)}),
@@ -229,9 +229,9 @@ def test_logits_that_are_not_finite_end_only_their_order(prior: Prior) -> None:
     ],
 )
 def test_an_order_that_cannot_be_drawn_is_refused(
-    packed: PackedPrior, what: str, settings: dict[str, Any]
+    packed: PackedPrior, what: str, wanted: dict[str, Any]
 ) -> None:
-    asked = Asked(**({"seeds": [1], "text": prompts(1, TINY)[0]} | settings))
+    asked = Asked(**({"seeds": [1], "text": prompts(1, TINY)[0]} | wanted))
     batch = Batch(packed, 2)
     with pytest.raises(ValueError, match=what):
         batch.add(asked.order)
@@ -248,6 +248,7 @@ ACTIONS = st.lists(
 )
 
 
+@settings(max_examples=25)
 @given(slots=st.integers(2, 7), actions=ACTIONS)
 def test_slots_never_leak(packed: PackedPrior, slots: int, actions: list[tuple]) -> None:
     batch, asked, text = Batch(packed, slots), [], prompts(1, TINY)[0]
