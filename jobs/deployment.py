@@ -1,5 +1,6 @@
 """Hosting the sampler on Ray Serve; used by jobs.serve_sampler and jobs.quickstart."""
 
+import dataclasses
 import errno
 import io
 import json
@@ -15,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from jobs import runtime
 from jobs.configs.serve_sampler import ServeSamplerJob
+from jobs.rate_limits import SharedBudget
 from pipelines.data.storage import canonical_json, replace_file
+from pipelines.sampling.access import Access, AccessSettings, hosts_for
 from pipelines.sampling.api import ServedModel
-from pipelines.sampling.http_app import ServingLimits, build_app
+from pipelines.sampling.http_app import build_app
 from pipelines.sampling.loading import (
     CheckedFiles,
     DeviceChoice,
@@ -25,6 +28,10 @@ from pipelines.sampling.loading import (
     check_files,
     load_sampler,
 )
+from pipelines.sampling.local_pictures import LocalPictures, ServingLimits
+from pipelines.sampling.model_card import model_card
+from pipelines.training.tracking import run_id_of
+from pipelines.training.weights import read_header
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -47,6 +54,9 @@ class ServiceSettings:
     threads: int
     max_candidates: int
     limits: ServingLimits
+    access: AccessSettings
+    guidable: bool
+    about: dict[str, str]
 
 
 class SamplerService:
@@ -67,8 +77,16 @@ class SamplerService:
             image_tokens=sampler.prior.config.image_len,
             vocab_size=sampler.prior.config.image_vocab_size,
             check_prompt=sampler.check_prompt,
+            first_rows=sampler.first_rows,
+            guidable=settings.guidable,
+            about=settings.about,
         )
-        self._app = build_app(sampler, model, settings.limits, host_numbers_requests=True)
+        self._app = build_app(
+            LocalPictures(sampler, settings.limits),
+            model,
+            Access(settings.access, SharedBudget(settings.access.rate)),
+            host_numbers_requests=True,
+        )
 
     def __serve_build_asgi_app__(self) -> "FastAPI":
         return self._app
@@ -138,10 +156,11 @@ def base_url(job: ServeSamplerJob) -> str:
     return f"http://{host}:{job.port}"
 
 
-def curl_line(url: str, prompt: str) -> str:
+def curl_line(url: str, prompt: str, *, with_key: bool = False) -> str:
     """A command that asks the server for a picture."""
+    key = '-H "Authorization: Bearer $MANRAY_KEY" ' if with_key else ""
     body = shlex.quote(json.dumps({"prompt": prompt, "n": 1, "seed": 0}, ensure_ascii=False))
-    return f"curl {url}/v1/images/generations -H 'Content-Type: application/json' -d {body}"
+    return f"curl {url}/v1/images/generations {key}-H 'Content-Type: application/json' -d {body}"
 
 
 def _run(job: ServeSamplerJob, checked: CheckedFiles) -> None:
@@ -156,6 +175,9 @@ def _run(job: ServeSamplerJob, checked: CheckedFiles) -> None:
         threads=job.cpus_per_replica,
         max_candidates=job.max_candidates,
         limits=job.limits,
+        access=_access(job),
+        guidable=checked.caption_dropout > 0,
+        about=model_card(read_header(job.prior, "prior"), run_id_of(job.prior.parent)),
     )
     # Not decorators: Ray is imported only by those who serve.
     service = serve.deployment(
@@ -179,6 +201,16 @@ def _run(job: ServeSamplerJob, checked: CheckedFiles) -> None:
         # The last line of the replica's traceback; the rest is in Serve's logs.
         reasons = [deployment.message.strip().rpartition("\n")[2] for deployment in deployments]
         raise RuntimeError(f"{job.prior} could not be served: {'; '.join(reasons)}") from error
+
+
+def _access(job: ServeSamplerJob) -> AccessSettings:
+    """The job's, as a replica elsewhere needs it."""
+    keys = job.access.keys
+    return dataclasses.replace(
+        job.access,
+        keys=keys and keys.resolve(),
+        hosts=hosts_for(job.host, job.access.hosts),
+    )
 
 
 def _check_it_is_ours(job: ServeSamplerJob, url: str) -> None:

@@ -15,7 +15,7 @@ from pipelines.data.stage import Manifest
 from pipelines.data.storage import Location, canonical_json, replace_file
 from pipelines.evaluation import protocol
 from pipelines.evaluation.corpus import read_corpus
-from pipelines.sampling.api import png
+from pipelines.sampling.grid import png
 from pipelines.sampling.loading import CheckedFiles, ModelFiles, check_files, load_sampler
 from pipelines.training import tracking
 from pipelines.training.run_directory import run_tags

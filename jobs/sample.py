@@ -15,9 +15,8 @@ from jobs.progress import Progress
 from pipelines.data import plan
 from pipelines.data.decode import UnusablePicture, decode_picture
 from pipelines.data.storage import canonical_json, replace_file, sha256_file
-from pipelines.sampling.api import png
 from pipelines.sampling.engine import Sample, Sampler, Start
-from pipelines.sampling.grid import captioned_rows
+from pipelines.sampling.grid import captioned_rows, png
 from pipelines.sampling.loading import CheckedFiles, ModelFiles, check_files, load_sampler
 from pipelines.training import tracking
 from pipelines.training.run_directory import run_tags

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jobs.configs.job import Job
-from pipelines.sampling.http_app import ServingLimits
+from pipelines.sampling.access import AccessSettings, check_exposure
 from pipelines.sampling.loading import DeviceChoice
+from pipelines.sampling.local_pictures import ServingLimits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,10 @@ class ServeSamplerJob(Job):
     model_name: str = "manray"
     """What requests may name as their model, and /v1/models lists."""
     host: str = "127.0.0.1"
-    """Address to listen on. There are no keys: anybody who reaches it can ask for pictures."""
+    """Address to listen on; others than loopback need keys, or a word that there are none."""
+    allow_without_keys: bool = False
+    """Whether anybody who reaches the address may ask for pictures."""
+    access: AccessSettings = field(default_factory=AccessSettings)
     port: int = 8000
     replicas: int = 1
     """Processes that hold the models, each sampling one request at a time."""
@@ -35,6 +39,7 @@ class ServeSamplerJob(Job):
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:
             raise ValueError(f"port must be 1 to 65535, got {self.port}")
+        check_exposure(self.host, self.access, allow_without_keys=self.allow_without_keys)
         for name in ("replicas", "cpus_per_replica", "max_candidates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

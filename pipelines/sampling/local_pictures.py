@@ -7,10 +7,11 @@ Letters: B pictures of a group, K image tokens, H and W the picture's sides.
 """
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,7 +63,7 @@ class _Stop(Exception):
 
 
 class LocalPictures:
-    """A `PictureSource`: takes requests to the one thread that samples, and bounds how many wait."""
+    """A `PictureSource`: takes requests to the thread that samples, bounds how many wait."""
 
     def __init__(
         self, sampler: Sampler, limits: ServingLimits, reranker: Scorer | None = None
@@ -76,31 +77,31 @@ class LocalPictures:
         deadline = time.monotonic() + self._limits.deadline_seconds
         if not self._places.acquire(blocking=False):
             raise Busy(self._limits.retry_after_seconds)
-        stop, items = threading.Event(), asyncio.Queue[Item]()
+        stop, items = threading.Event(), asyncio.Queue[Item | None]()
         loop = asyncio.get_running_loop()
 
-        def tell(item: Item) -> None:
-            loop.call_soon_threadsafe(items.put_nowait, item)
+        def tell(item: Item | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(items.put_nowait, item)
+
+        def end(_: Future[None]) -> None:
+            self._places.release()
+            tell(None)
 
         work = self._thread.submit(self._work, request, deadline, stop, tell)
-        work.add_done_callback(lambda _: self._places.release())
-        done = asyncio.wrap_future(work)
-        # Whoever leaves does not look at how the work ended.
-        done.add_done_callback(lambda end: end.cancelled() or end.exception())
+        work.add_done_callback(end)
         try:
-            while not done.done() or not items.empty():
-                getting = asyncio.ensure_future(items.get())
-                waited = {getting, done}
-                await asyncio.wait(
-                    waited, timeout=SECONDS_BETWEEN_LOOKS, return_when=asyncio.FIRST_COMPLETED
-                )
-                if getting.done():
-                    yield getting.result()
+            while True:
+                try:
+                    item = await asyncio.wait_for(items.get(), SECONDS_BETWEEN_LOOKS)
+                except TimeoutError:
+                    if time.monotonic() > deadline and work.cancel():  # it still waits for its turn
+                        raise TooLate from None
                     continue
-                getting.cancel()
-                if time.monotonic() > deadline and work.cancel():  # it still waits for its turn
-                    raise TooLate
-            done.result()
+                if item is None:
+                    break
+                yield item
+            work.result()
         except _Stop:
             raise TooLate from None
         finally:

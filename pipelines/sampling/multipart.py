@@ -67,10 +67,10 @@ def _part(piece: bytes) -> Part:
         raise _broken("a field's header is not UTF-8") from None
     headers = {}
     for line in lines:
-        name, colon, value = line.partition(":")
+        key, colon, value = line.partition(":")
         if not colon:
             raise _broken("a line of a field's header has no colon")
-        headers[name.strip().lower()] = value.strip()
+        headers[key.strip().lower()] = value.strip()
     disposition = headers.get("content-disposition", "")
     name = NAME.search(disposition)
     if not disposition.lower().startswith("form-data") or not name:

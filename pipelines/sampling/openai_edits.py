@@ -169,4 +169,3 @@ def _unusable(name: str, why: str) -> ApiError:
         param=name,
         code="invalid_image",
     )
-

@@ -15,10 +15,12 @@ import torch
 from fastapi import FastAPI
 from PIL import Image
 
-from pipelines.sampling.api import BODY_BYTES, ServedModel
+from pipelines.sampling.access import AccessSettings
+from pipelines.sampling.api import BODY_BYTES
 from pipelines.sampling.engine import Sample, Sampler
-from pipelines.sampling.http_app import ServingLimits, build_app
 from pipelines.sampling.image_tokens import ignore_progress
+from pipelines.sampling.local_pictures import ServingLimits
+from tests.fixtures import http_server
 from tests.fixtures.models import TinyModels, tiny_models
 
 URL = "/v1/images/generations"
@@ -58,15 +60,8 @@ def sampler(models: TinyModels) -> Iterator[HeldSampler]:
 
 
 def app_of(sampler: Sampler, **limits: Any) -> FastAPI:
-    model = ServedModel(
-        name="manray",
-        created=1,
-        image_size=sampler.image_size,
-        image_tokens=64,
-        vocab_size=128,
-        check_prompt=sampler.check_prompt,
-    )
-    return build_app(sampler, model, ServingLimits(**limits), host_numbers_requests=False)
+    app: FastAPI = http_server.app_of(sampler, ServingLimits(**limits), AccessSettings(hosts=()))
+    return app
 
 
 def client_of(app: FastAPI) -> httpx.AsyncClient:
@@ -114,9 +109,13 @@ def test_without_a_seed_every_request_gets_another_one(sampler: HeldSampler) -> 
 
 def test_models_and_health_are_told(sampler: HeldSampler) -> None:
     app = app_of(sampler)
-    card = {"id": "manray", "object": "model", "created": 1, "owned_by": "manray"}
+    card = ask(app, "GET", "/v1/models/manray").json()
+    wanted = {"id": "manray", "object": "model", "created": 1, "owned_by": "manray"}
+    assert wanted.items() <= card.items()
+    assert card["manray"]["edits"]
     assert ask(app, "GET", "/v1/models").json() == {"object": "list", "data": [card]}
-    assert ask(app, "GET", "/v1/models/manray").json() == card
+    assert ask(app, "GET", "/readyz").json() == {"status": "ready"}
+    assert ask(app, "GET", "/metrics").text == ""
     assert ask(app, "GET", "/healthz").json() == {"status": "ok", "model": "manray"}
     assert error_of(ask(app, "GET", "/v1/models/x/y"), 404)["code"] == "model_not_found"
 

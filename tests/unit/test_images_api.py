@@ -9,15 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.sampling.api import (
-    ApiError,
-    ImagesRequest,
-    ServedModel,
-    parse_request,
-    render_response,
-)
+from pipelines.sampling.api import Delivery, ImagesRequest, ServedModel, parse_request
 from pipelines.sampling.drawing import ALL_CODES, LARGEST_SEED, SamplingConfig
 from pipelines.sampling.engine import Sample
+from pipelines.sampling.openai_answers import render_response
+from pipelines.sampling.openai_errors import ApiError
+from pipelines.sampling.picture_source import RankedPicture
 
 
 def check_prompt(prompt: str) -> int:
@@ -39,6 +36,10 @@ MODEL = ServedModel(
 
 
 def parse(body: bytes | dict[str, Any]) -> ImagesRequest:
+    return parse_whole(body)[0]
+
+
+def parse_whole(body: bytes | dict[str, Any]) -> tuple[ImagesRequest, Delivery]:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     return parse_request(data, MODEL, lambda: 77)
 
@@ -118,7 +119,25 @@ def test_null_is_as_good_as_absent_but_for_the_prompt() -> None:
         ("top_k", 3.5),
         ("user", 5),
         ("quality", "hd"),
-        ("stream", True),
+        ("quality", "high"),
+        ("background", "transparent"),
+        ("moderation", "low"),
+        ("output_format", "gif"),
+        ("output_compression", 101),
+        ("output_compression", 50),
+        ("stream", "true"),
+        ("stream", 1),
+        ("partial_images", 1),
+        ("partial_images", 4),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("cond_scale", 2),
+        ("cond_scale", -1),
+        ("cond_scale", 101),
+        ("rerank_pool", 1),
+        ("rerank_pool", -1),
+        ("safety_identifier", "x" * 513),
+        ("style", "vivid"),
         ("\ud800", 1),
         ("Prompt", "dog"),
     ],
@@ -174,8 +193,11 @@ def test_a_body_of_very_many_fields_is_refused_at_once() -> None:
 def test_the_answer_has_the_pictures_their_seeds_and_the_tokens_used() -> None:
     request = parse({"prompt": "red apple", "n": 2, "seed": 5})
     pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
-    samples = [Sample(pixels[i], np.zeros(64, np.int64), seed=5 + i) for i in range(2)]
-    answer = render_response(request, MODEL, samples, created=123)
+    samples = [
+        RankedPicture(Sample(pixels[i], np.zeros(64, np.int64), seed=5 + i), score=None)
+        for i in range(2)
+    ]
+    answer = render_response(request, Delivery(), MODEL, samples, created=123)
     for entry, wanted in zip(answer["data"], pixels, strict=True):
         picture = Image.open(io.BytesIO(base64.b64decode(entry["b64_json"])))
         assert picture.format == "PNG"
