@@ -14,6 +14,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 T = TypeVar("T")
 
+# A client that takes nothing for so long is as good as gone; its connection is not kept for it.
+STALLED_SECONDS = 60.0
 KEEP_ALIVE = b": still drawing\n\n"
 
 
@@ -96,14 +98,14 @@ class EventStream(Response):
             while True:
                 done, _ = await asyncio.wait({waiting}, timeout=self._seconds)
                 if not done:
-                    await send(_chunk(KEEP_ALIVE))
+                    await _within(send(_chunk(KEEP_ALIVE)))
                     continue
                 try:
                     item = waiting.result()
                 except StopAsyncIteration:
                     break
                 waiting = asyncio.ensure_future(_next(self._items))
-                await send(_chunk(item))
+                await _within(send(_chunk(item)))
         finally:
             await _end(waiting, self._items)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -123,6 +125,13 @@ async def _end(waiting: "asyncio.Task[bytes]", items: AsyncGenerator[bytes, None
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def _within(sending: Awaitable[None]) -> None:
+    try:
+        await asyncio.wait_for(sending, STALLED_SECONDS)
+    except TimeoutError:
+        raise ClientGone from None
 
 
 def _chunk(data: bytes) -> Message:
