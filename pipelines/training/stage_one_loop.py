@@ -74,7 +74,7 @@ def train_stage_one(
                 trainer.save(checkpoints, cadence.keep_checkpoints)
             if due(cadence.images_every) and rank == 0:
                 on_images(trainer.step, trainer.preview(shown), trainer.take_usage())
-    return trainer.average.state_dict()
+    return trainer.replica.average.state_dict()
 
 
 def _due(step: int, last: int) -> Callable[[int], bool]:
