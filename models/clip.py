@@ -26,7 +26,7 @@ FIRST_SCALE = 1 / 0.07  # CLIP, section 2.5
 LARGEST_SCALE = 100.0  # CLIP, section 2.5 and table 18
 
 Gather = Callable[[Tensor], Tensor]
-"""This rank's rows (B, E) to those of all ranks in their order (world · B, E), differentiable."""
+"""This rank's rows (B, F) to those of all ranks in their order (world · B, F), differentiable."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +202,12 @@ class Clip(nn.Module):
         self.logit_scale.clamp_(max=math.log(LARGEST_SCALE))
 
 
+def count_parameters(config: ClipConfig) -> int:
+    """Parameters of a model, counted without making them."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Clip(config).parameters())
+
+
 class Matching(NamedTuple):
     """How well a batch's pictures and captions found each other."""
 
@@ -226,8 +232,10 @@ def contrastive_loss(
     process. A pair belongs together by its place, so two equal captions are taken for different.
     """
     with torch.autocast(images.device.type, enabled=False):
-        image_logits = scale * images @ gather(texts).T  # (B, world · B)
-        text_logits = scale * texts @ gather(images).T
+        # One gather for both: its backward pass is a reduction over the ranks.
+        everyone = gather(torch.cat((images, texts), dim=1)).chunk(2, dim=1)
+        image_logits = scale * images @ everyone[1].T  # (B, world · B)
+        text_logits = scale * texts @ everyone[0].T
     targets = torch.arange(len(images), device=images.device) + rank * len(images)
     losses = [F.cross_entropy(logits, targets) for logits in (image_logits, text_logits)]
     hits = image_logits.detach().argmax(dim=1) == targets

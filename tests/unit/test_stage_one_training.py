@@ -18,7 +18,8 @@ from models.stage_one import StageOneConfig
 from models.vqvae import VQVAEConfig
 from models.vqvae_objective import QuantizerConfig, VQVAESchedule
 from pipelines.training.picture_loader import PictureBatch
-from pipelines.training.stage_one_loop import SKIPS_IN_A_ROW, train_stage_one
+from pipelines.training.spoilers import SKIPS_IN_A_ROW
+from pipelines.training.stage_one_loop import train_stage_one
 from pipelines.training.stage_one_trainer import StageOneTrainer
 from pipelines.training.stage_one_training import (
     DVAETraining,
