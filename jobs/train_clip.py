@@ -21,6 +21,7 @@ from pipelines.training.clip_files import CLIP_FILE
 from pipelines.training.clip_stage import ClipStage, run_clip
 from pipelines.training.pair_loader import PairBatch
 from pipelines.training.run_directory import read_result, run_tags
+from pipelines.training.weights import STAGE_ONE, read_header, stage_one_config
 
 STAGE = "train_clip"
 
@@ -53,9 +54,9 @@ def train(job: TrainClipJob) -> dict[str, Any]:
             f"clip.vocab_size must be at least the tokenizer's {tokenizer.vocab_size}, "
             f"got {job.clip.vocab_size}"
         )
+    inputs = {"filtered": manifest.digest, "tokenizer": tokenizer.digest} | _dvae(job)
     model_file = job.output / CLIP_FILE
     settings = {"clip": asdict(job.clip), "training": asdict(job.training)}
-    inputs = {"filtered": manifest.digest, "tokenizer": tokenizer.digest}
     with plan.lease(job.output):
         plan.claim(job.output, stage=STAGE, config=settings, inputs=inputs)
         if model_file.exists():
@@ -65,11 +66,26 @@ def train(job: TrainClipJob) -> dict[str, Any]:
     return {"model": str(model_file), "sha256": sha256_file(model_file)} | read_result(job.output)
 
 
+def _dvae(job: TrainClipJob) -> dict[str, str]:
+    """The digest of the model that redraws pictures, if one does."""
+    if not job.training.redrawn:
+        return {}
+    side = stage_one_config(read_header(job.dvae, *STAGE_ONE)).image_size
+    if side != job.clip.image_size:
+        raise ValueError(
+            f"clip.image_size must be {side}, that of {job.dvae}, which redraws pictures, got "
+            f"{job.clip.image_size}: or give --training.redrawn 0"
+        )
+    return {"dvae": sha256_file(job.dvae)}
+
+
 def _train(job: TrainClipJob, settings: dict[str, Any], inputs: dict[str, str]) -> None:
     parents: dict[str, Path | Location] = {
         "filtered": job.filtered,
         "tokenizer": job.tokenizer.parent,
     }
+    if job.training.redrawn:
+        parents["dvae"] = job.dvae.parent
     uri = runtime.tracking_uri()
     with (
         runtime.ray_session(),
@@ -93,6 +109,7 @@ def _train(job: TrainClipJob, settings: dict[str, Any], inputs: dict[str, str]) 
             output=job.output.resolve(),
             filtered=job.filtered.resolve(),
             tokenizer=job.tokenizer.resolve(),
+            dvae=job.dvae.resolve(),
             config=job.clip,
             training=job.training,
             cadence=job.cadence,

@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jobs.configs.job import DatasetPath, Job
+from jobs.configs.stage_one import WHOLE_PICTURES
 from jobs.picture_stream import LoadersConfig
 from jobs.workers import WorkersConfig
 from models.averaging import AveragingConfig
 from models.clip import ClipConfig
-from pipelines.data.crops import CropConfig
 from pipelines.data.storage import Location
-from pipelines.training.clip_training import ClipCadence, ClipTraining
+from pipelines.training.clip_training import ClipCadence, ClipOptimizer, ClipTraining
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,8 @@ class TrainClipJob(Job):
     filtered: DatasetPath = Location("runs/12b/filtered")
     """Filtered pairs, made by filter_pairs."""
     tokenizer: Path = Path("runs/12b/tokenizer/tokenizer.json")
+    dvae: Path = Path("runs/12b/dvae/dvae.safetensors")
+    """A dVAE, or a VQ-VAE in its place: read if --training.redrawn is not 0."""
     clip: ClipConfig = field(default_factory=ClipConfig)
     training: ClipTraining = field(default_factory=ClipTraining)
     cadence: ClipCadence = field(default_factory=ClipCadence)
@@ -32,6 +34,7 @@ TINY = TrainClipJob(
     output=Path("runs/quickstart/clip"),
     filtered=Location("runs/quickstart/filtered"),
     tokenizer=Path("runs/quickstart/tokenizer/tokenizer.json"),
+    dvae=Path("runs/quickstart/dvae/dvae.safetensors"),
     clip=ClipConfig(
         image_size=64,
         patch_size=16,
@@ -46,18 +49,15 @@ TINY = TrainClipJob(
         embed_width=64,
     ),
     training=ClipTraining(
-        steps=240,
+        steps=160,
         batch_samples=64,
         precision="fp32",
-        peak_lr=1e-3,
-        warmup_steps=24,
-        weight_decay=0.1,
-        clip_norm=1.0,
-        # Mirrored too: 256 pictures are few, and none of them holds text.
-        crops=CropConfig(scale_low=1.0, scale_high=9 / 8, flip=True),
+        optimizer=ClipOptimizer(peak_lr=1e-3, warmup_steps=16, weight_decay=0.1, clip_norm=1.0),
+        crops=WHOLE_PICTURES,
+        redrawn=0.5,
         averaging=AveragingConfig(decay=0.9, every=1),
     ),
-    cadence=ClipCadence(log_every=20, checkpoint_every=60, validate_every=120),
+    cadence=ClipCadence(log_every=20, checkpoint_every=40, validate_every=80),
     workers=WorkersConfig(num_workers=2),
     loaders=LoadersConfig(per_worker=0),
 )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from models.clip import ClipConfig
+from models.stage_one import StageOne
 from pipelines.training.clip_trainer import ClipTrainer
 from pipelines.training.clip_training import ClipCadence, ClipTraining
 from pipelines.training.pace import Pace, due
@@ -28,6 +29,7 @@ def train_clip(
     device: torch.device,
     rank: int,
     world_size: int,
+    stage_one: StageOne | None,
     checkpoints: Path,
     on_log: Callable[[int, dict[str, float]], None],
     on_resume: Callable[[int, list[str]], None],
@@ -35,10 +37,13 @@ def train_clip(
 ) -> dict[str, Tensor]:
     """Train to the last step; gives the averaged weights, equal on every rank.
 
-    `keys` names the pairs of an update's batch. `on_weights` takes the averaged weights every
-    `validate_every` updates and at the end. Every rank calls the three; the caller acts on rank 0.
+    `keys` names the pairs of an update's batch, `stage_one` redraws pictures of it, if any are.
+    `on_weights` takes the averaged weights every `validate_every` updates and at the end. Every
+    rank calls the three; the caller acts on rank 0.
     """
-    trainer = ClipTrainer(config, training, device=device, rank=rank, world_size=world_size)
+    trainer = ClipTrainer(
+        config, training, device=device, rank=rank, world_size=world_size, stage_one=stage_one
+    )
     said = trainer.resume(checkpoints)
     on_resume(trainer.step, said)
     pace, spoilers, unusable = Pace(trainer.step), Spoilers(keys, world_size), 0

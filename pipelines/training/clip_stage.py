@@ -11,7 +11,7 @@ from models.clip import Clip, ClipConfig
 from pipelines.data.caption_slots import OwnSlots
 from pipelines.data.split import TRAIN, VALIDATION, Side, rows_of
 from pipelines.data.stage import Manifest
-from pipelines.data.storage import Location
+from pipelines.data.storage import Location, sha256_file
 from pipelines.data.tokenizer import CaptionTokenizer
 from pipelines.evaluation.pair_retrieval import retrieval_at_1
 from pipelines.sampling.reranking import Reranker
@@ -22,7 +22,7 @@ from pipelines.training.pair_loader import PairLoader
 from pipelines.training.picture_loader import PictureLoader
 from pipelines.training.run_directory import write_result
 from pipelines.training.tracking import Tracker
-from pipelines.training.weights import save_model
+from pipelines.training.weights import load_stage_one, save_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,8 @@ class ClipStage:
     output: Path
     filtered: Path | Location
     tokenizer: Path
+    dvae: Path
+    """Read if `training.redrawn` is not 0."""
     config: ClipConfig
     training: ClipTraining
     cadence: ClipCadence
@@ -78,6 +80,7 @@ def run_clip(
         device=device,
         rank=rank,
         world_size=world_size,
+        stage_one=load_stage_one(stage.dvae)[0] if stage.training.redrawn else None,
         checkpoints=stage.output / "checkpoints",
         on_log=desk.log if desk else _ignore,
         on_resume=desk.resume if desk else _ignore,
@@ -145,6 +148,7 @@ class _Desk:
                 "filtered_digest": self.manifest.digest,
                 "tokenizer_sha256": self.tokenizer.digest,
                 "training": asdict(stage.training),
+                **({"dvae_sha256": sha256_file(stage.dvae)} if stage.training.redrawn else {}),
             },
         )
 

@@ -1,5 +1,6 @@
 """One update of the contrastive model over all ranks, and what a resumed training must find."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from models.clip import Clip, ClipConfig, contrastive_loss
+from models.stage_one import StageOne
 from pipelines.training.clip_training import ClipTraining
 from pipelines.training.gathering import gather_of
 from pipelines.training.pair_loader import PairBatch
+from pipelines.training.redrawing import Redrawing
 from pipelines.training.replica import Replica, to_device
 
 
@@ -35,18 +38,32 @@ class ClipTrainer:
         device: torch.device,
         rank: int = 0,
         world_size: int = 1,
+        stage_one: StageOne | None = None,
     ) -> None:
+        """`stage_one` redraws pictures; it is needed where `training.redrawn` is not 0."""
+        if training.redrawn and stage_one is None:
+            raise ValueError(f"redrawn must be 0 without a stage-one model, got {training.redrawn}")
         self.training, self.device, self.rank, self.world_size = training, device, rank, world_size
         model = Clip(config)
         model.init_weights(training.seed)  # every rank begins with the same weights
         self.model = model.to(device)
         self.gather = gather_of(rank, world_size)
+        self.redraw: Callable[[Tensor, int], Tensor] = _as_they_are
+        if training.redrawn and stage_one is not None:
+            self.redraw = Redrawing(
+                stage_one.to(device),
+                training.redrawn,
+                seed=training.seed,
+                batch_samples=training.batch_samples,
+                rank=rank,
+                world_size=world_size,
+            )
         self.replica = Replica(
             self.model,
             _optimizer(self.model, training),
             training.averaging,
             precision=training.precision,
-            clip_norm=training.clip_norm,
+            clip_norm=training.optimizer.clip_norm,
             world_size=world_size,
         )
 
@@ -60,6 +77,7 @@ class ClipTrainer:
         pixels = to_device(batch.pictures.pixels, self.device).float().div_(255)
         tokens, ends = (to_device(part, self.device) for part in (batch.tokens, batch.ends))
         with self.replica.autocast(self.device):
+            pixels = self.redraw(pixels, self.step)
             images = self.model.encode_images(pixels)
             texts = self.model.encode_texts(tokens, ends)
             matching = contrastive_loss(
@@ -99,13 +117,19 @@ class ClipTrainer:
         return self.replica.resume(root, {})
 
 
+def _as_they_are(pixels: Tensor, step: int) -> Tensor:
+    return pixels
+
+
 def _optimizer(model: nn.Module, training: ClipTraining) -> torch.optim.AdamW:
     # Gains, biases, the class token and the temperature have less than two axes.
     groups = [
         {
             "params": [value for value in model.parameters() if value.ndim >= 2],
-            "weight_decay": training.weight_decay,
+            "weight_decay": training.optimizer.weight_decay,
         },
         {"params": [value for value in model.parameters() if value.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, betas=training.betas, eps=training.epsilon, fused=True)
+    return torch.optim.AdamW(
+        groups, betas=training.optimizer.betas, eps=training.optimizer.epsilon, fused=True
+    )

@@ -17,6 +17,7 @@ from tests.unit.test_clip_training import (
     pairs,
     run,
     same,
+    stage_one,
     training,
 )
 
@@ -39,7 +40,12 @@ def run_rank(rank: int, path: Path, kill_at: int, meeting: Path) -> None:
 def first_update(rank: int, world_size: int) -> dict[str, Any]:
     """The ranks' mean loss of the first update and the gradient that they took."""
     trainer = ClipTrainer(
-        CONFIG, training(clip_norm=0.0), device=CPU, rank=rank, world_size=world_size
+        CONFIG,
+        training(clip_norm=0.0, redrawn=0.5),
+        device=CPU,
+        rank=rank,
+        world_size=world_size,
+        stage_one=stage_one(),
     )
     update = trainer.update(pairs(0, rank, world_size))
     return {

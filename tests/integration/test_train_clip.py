@@ -26,6 +26,7 @@ def arguments(made: TinyTokens, output: Path, *more: str) -> list[str]:
         "tiny",
         f"--filtered={made.tokens.parent / 'filtered'}",
         f"--tokenizer={made.tokenizer}",
+        f"--dvae={made.dvae}",
         f"--output={output}",
         "--training.steps=4",
         "--training.batch-samples=8",
@@ -47,6 +48,7 @@ def test_a_reranker_is_trained_kept_with_its_record_and_not_trained_again(
     model, metadata = load_clip(file)
     assert metadata["tokenizer_sha256"] == CaptionTokenizer.from_file(made.tokenizer).digest
     assert len(metadata["filtered_digest"]) == 64
+    assert metadata["dvae_sha256"] == sha256_file(made.dvae)
     assert model.config.image_size == 64
     reranker = load_reranker(file, made.tokenizer, torch.device("cpu"))
     pixels = torch.randint(256, (3, 64, 64, 3), dtype=torch.uint8).numpy()
@@ -77,4 +79,12 @@ def test_a_vocabulary_that_is_too_small_is_said_before_anything_starts(
 ) -> None:
     assert train_clip.main(arguments(made, tmp_path / "clip", "--clip.vocab-size=100")) == 2
     assert "clip.vocab_size must be at least the tokenizer's" in capsys.readouterr().err
+    assert not (tmp_path / "clip").exists()
+
+
+def test_a_dvae_of_another_size_cannot_redraw(
+    made: TinyTokens, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_clip.main(arguments(made, tmp_path / "clip", "--clip.image-size=32")) == 2
+    assert "clip.image_size must be 64" in capsys.readouterr().err
     assert not (tmp_path / "clip").exists()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models.clip import ClipConfig
+from models.dvae import DVAE, DVAEConfig
 from pipelines.data.caption_slots import OwnSlots
 from pipelines.data.crops import CropConfig
 from pipelines.data.schema import FILTERED
@@ -20,9 +21,10 @@ from pipelines.evaluation.pair_retrieval import retrieval_at_1, share_found
 from pipelines.sampling.reranking import Reranker
 from pipelines.training.clip_loop import train_clip
 from pipelines.training.clip_trainer import ClipTrainer
-from pipelines.training.clip_training import ClipCadence, ClipTraining
+from pipelines.training.clip_training import ClipCadence, ClipOptimizer, ClipTraining
 from pipelines.training.pair_loader import PairBatch, PairLoader
 from pipelines.training.picture_loader import PictureBatch, PictureLoader
+from pipelines.training.redrawing import Redrawing
 from tests.fixtures.datasets import filtered_pairs, filtered_row, write_dataset
 from tests.unit.test_picture_loader import pictures
 
@@ -44,15 +46,20 @@ STEPS, BATCH = 6, 8
 
 
 def training(**overrides: Any) -> ClipTraining:
-    values: dict[str, Any] = {
-        "steps": STEPS,
-        "batch_samples": BATCH,
-        "precision": "fp32",
-        "peak_lr": 3e-3,
-        "warmup_steps": 2,
-        "clip_norm": 1.0,
-    }
-    return ClipTraining(**(values | overrides))
+    optimizer: dict[str, Any] = {"peak_lr": 3e-3, "warmup_steps": 2, "clip_norm": 1.0}
+    values: dict[str, Any] = {"steps": STEPS, "batch_samples": BATCH, "precision": "fp32"}
+    for name, value in overrides.items():
+        (optimizer if hasattr(ClipOptimizer, name) else values)[name] = value
+    return ClipTraining(**values, optimizer=ClipOptimizer(**optimizer))
+
+
+def stage_one() -> DVAE:
+    torch.manual_seed(0)
+    return DVAE(
+        DVAEConfig(
+            image_size=16, vocab_size=12, n_hid=8, n_init=6, group_count=3, n_blk_per_group=1
+        )
+    )
 
 
 def pairs(step: int, rank: int = 0, world_size: int = 1) -> PairBatch:
@@ -92,13 +99,14 @@ def run(
 
     told["weights"] = train_clip(
         CONFIG,
-        how or training(),
+        how or training(redrawn=0.5),
         cadence=ClipCadence(log_every=1, checkpoint_every=2, validate_every=4),
         batches=batches,
         keys=lambda step: [f"pair-{step}-{rank}-{place}" for place in range(BATCH // world_size)],
         device=CPU,
         rank=rank,
         world_size=world_size,
+        stage_one=stage_one(),
         checkpoints=path / "checkpoints",
         on_log=on_log,
         on_resume=lambda step, said: told["resumed"].append((step, said)),
@@ -206,8 +214,44 @@ def test_bf16_trains_to_nearly_the_same_loss() -> None:
     np.testing.assert_allclose(losses[0], losses[1], atol=0.05)
 
 
+def test_a_share_of_each_batch_is_redrawn_the_same_on_any_ranks() -> None:
+    pixels = torch.rand(BATCH, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    model = stage_one()
+
+    def redrawn(rank: int = 0, world_size: int = 1, share: float = 0.5, step: int = 0) -> Tensor:
+        redraw = Redrawing(
+            model, share, seed=1, batch_samples=BATCH, rank=rank, world_size=world_size
+        )
+        part = BATCH // world_size
+        return redraw(pixels[rank * part : (rank + 1) * part], step)
+
+    whole = redrawn()
+    torch.testing.assert_close(whole, torch.cat([redrawn(0, 2), redrawn(1, 2)]))
+    with torch.no_grad():
+        torch.testing.assert_close(redrawn(share=1.0), model.decode(model.encode(pixels)))
+    assert torch.equal(redrawn(share=0.0), pixels)
+    kept = [
+        sum(torch.equal(*pair) for pair in zip(redrawn(step=s), pixels, strict=True))
+        for s in range(40)
+    ]
+    assert 0.35 < sum(kept) / (40 * BATCH) < 0.65
+    assert len(set(kept)) > 1
+
+
+def test_redrawing_without_a_model_to_do_it_is_refused() -> None:
+    with pytest.raises(ValueError, match="redrawn must be 0 without a stage-one model"):
+        ClipTrainer(CONFIG, training(redrawn=0.1), device=CPU)
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"steps": 0}, {"batch_samples": 1}, {"clip_norm": -1.0}, {"peak_lr": 0.0}]
+    "wrong",
+    [
+        {"steps": 0},
+        {"batch_samples": 1},
+        {"clip_norm": -1.0},
+        {"peak_lr": 0.0},
+        {"redrawn": 1.1},
+    ],
 )
 def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -118,8 +118,8 @@ def test_a_model_file_is_loaded_with_its_own_tokenizer_only(tmp_path: Path) -> N
     )
     loaded = load_reranker(file, own, torch.device("cpu"))
     fresh = Reranker(clip(), OwnSlots(CaptionTokenizer.from_file(own)))
-    same = [ranker.scores("a boat", pictures(4)) for ranker in (loaded, fresh)]
-    np.testing.assert_allclose(*same, atol=1e-6)
+    scores = [ranker.scores("a boat", pictures(4)) for ranker in (loaded, fresh)]
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-6)
     other = tokenizer_file(tmp_path / "other", ["nothing of the kind", "nothing at all"])
     with pytest.raises(ValueError, match=f"was trained with tokenizer {digest}"):
         load_reranker(file, other, torch.device("cpu"))
