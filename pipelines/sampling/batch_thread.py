@@ -81,7 +81,9 @@ class BatchThread:
                 take()
             try:
                 self._batch.step()
-            except Exception as error:  # told to all whom it concerns, and to whoever looks after us
+            except (
+                Exception
+            ) as error:  # told to all whom it concerns, and to whoever looks after us
                 log.exception("a step of the batch failed")
                 self.error = error
                 self._batch.fail_all(error)

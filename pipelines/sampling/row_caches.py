@@ -43,7 +43,10 @@ class RowTimetable:
         hidden = torch.cat((layout.hidden.new_zeros(len(layout.mask), text_len), layout.hidden), 1)
         mask = torch.zeros(hidden.shape).masked_fill(hidden, float("-inf"))
         self._masks = mask.to(device=device, dtype=weights.cache_dtype)
-        self._places, self._slabs = layout.places.to(device), layout.places.to(device) // layout.ring
+        self._places, self._slabs = (
+            layout.places.to(device),
+            layout.places.to(device) // layout.ring,
+        )
         # With one slab the ring follows the text in the same memory.
         one = layout.slabs == 1
         self._start = text_len if one else 0
