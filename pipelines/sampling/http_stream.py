@@ -72,8 +72,11 @@ class EventStream(Response):
         items: AsyncGenerator[bytes, None],
         first: "asyncio.Task[bytes]",
         keep_alive_seconds: float,
+        on_error: Callable[[Exception], bytes],
     ) -> None:
+        """`on_error` makes an event of what goes wrong, for the stream to end with."""
         self._items, self._first, self._seconds = items, first, keep_alive_seconds
+        self._on_error = on_error
         self.status_code, self.background, self.body = 200, None, b""
         self.init_headers(
             {
@@ -103,6 +106,9 @@ class EventStream(Response):
                 try:
                     item = waiting.result()
                 except StopAsyncIteration:
+                    break
+                except Exception as error:  # the client is told: the status has long been sent
+                    await _within(send(_chunk(self._on_error(error))))
                     break
                 waiting = asyncio.ensure_future(_next(self._items))
                 await _within(send(_chunk(item)))

@@ -1,6 +1,7 @@
 """Whatever a stranger may send, over real HTTP: OpenAI's envelope comes back, no harm is done."""
 
 import gzip
+import io
 import json
 import socket
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from PIL import Image
 
 from pipelines.sampling.access import AccessSettings
 from pipelines.sampling.api import BODY_BYTES
@@ -371,6 +373,51 @@ def test_the_same_key_is_answered_once_and_paid_once(sampler: Sampler) -> None:
         error = error_of(post(url, {"prompt": "dog", "stream": True}, idempotency_key="k2"), 400)
         assert error["code"] == "idempotency_key_with_stream"
         assert error_of(post(url, {"prompt": "dog"}, idempotency_key="k" * 5000), 400)
+
+
+def test_a_form_that_is_sent_again_under_another_boundary_is_the_same(sampler: Sampler) -> None:
+    file = io.BytesIO()
+    Image.fromarray(sampler.generate("dog")[0]).save(file, "PNG")
+    with serving(app_of(sampler)) as url:
+
+        def edit(prompt: str) -> httpx.Response:
+            return httpx.post(
+                f"{url}/v1/images/edits",
+                data={"prompt": prompt},
+                files={"image": ("x.png", file.getvalue())},
+                headers={"idempotency-key": "k"},
+            )
+
+        assert edit("dog").content == edit("dog").content
+        assert error_of(edit("cat"), 400)["code"] == "idempotency_key_reused"
+
+
+def test_a_dropped_connection_ends_the_drawing(sampler: Sampler) -> None:
+    steps: list[int] = []
+
+    class Slow(Sampler):
+        def sample(self, *args: Any, **kwargs: Any) -> Any:
+            watch = kwargs.pop("on_progress", ignore_progress)
+
+            def look(done: int, tokens: torch.Tensor) -> None:
+                steps.append(len(tokens))
+                time.sleep(0.02)
+                watch(done, tokens)
+
+            return super().sample(*args, on_progress=look, **kwargs)
+
+    slow = Slow(sampler.prior, sampler.dvae, sampler.tokenizer)
+    with serving(app_of(slow)) as url:
+        body = b'{"prompt": "dog", "n": 10}'
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(head(str(len(body))) + body)
+            while not steps:
+                time.sleep(0.01)
+        # One thread draws: that it takes the next request shows that it has left the first.
+        assert post(url, {"prompt": "cat"}).status_code == 200
+    assert steps.count(1) == 64
+    assert steps.count(10) < 40
 
 
 @pytest.mark.parametrize("stream", [False, True])
