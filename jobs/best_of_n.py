@@ -16,7 +16,7 @@ from pipelines.evaluation.best_of_n import Curve, best_of_n
 from pipelines.evaluation.best_of_n_chart import best_of_n_chart
 from pipelines.evaluation.corpus import read_corpus
 from pipelines.evaluation.inputs import JudgedInputs, checked_inputs
-from pipelines.sampling.api import png
+from pipelines.sampling.grid import png
 from pipelines.sampling.loading import ModelFiles, load_sampler, torch_device
 from pipelines.sampling.reranking import load_reranker
 from pipelines.training import tracking

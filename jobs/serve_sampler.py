@@ -37,7 +37,12 @@ def describe(job: ServeSamplerJob) -> list[str]:
 
 
 def serve(job: ServeSamplerJob) -> dict[str, Any]:
-    """Check port and files, serve, wait for SIGINT or SIGTERM, which end it in order."""
+    """Check port and files, serve, wait for SIGINT or SIGTERM, which end it in order.
+
+    With `update`, only change what another process serves.
+    """
+    if job.update:
+        return {"url": deployment.update(job), "updated": True}
     deployment.check_port(job)
     Access(job.access)  # keys and policies that cannot be had are said before anything is started
     checked = deployment.check_model_files(job)

@@ -1,7 +1,7 @@
 """A request's candidates over several samplers, and the best of them back.
 
-Knows neither processes nor networks: samplers and reranker are functions. One sampler in this process
-(`SlotPictures`) is as good as replicas elsewhere (`jobs/replicas.py`).
+Knows neither processes nor networks: samplers and reranker are functions. One sampler in this
+process (`SlotPictures`) is as good as replicas elsewhere (`jobs/serving.py`).
 """
 
 import asyncio
@@ -73,7 +73,7 @@ class FanOut:
         self._samplers, self._limits, self._on_first = samplers, limits, on_first
         self.tally = Tally()
         self.load = 0
-        """Slots that the requests under way want, a pool's as many as it may hold against others."""
+        """Slots that the requests under way want; a pool counts as a quarter of all."""
 
     async def draw(self, request: ImagesRequest) -> AsyncGenerator[Item, None]:
         """See `PictureSource.draw`."""

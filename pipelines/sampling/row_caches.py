@@ -1,8 +1,8 @@
 """Keys and values of a static batch whose rows are at positions of their own.
 
-`caches.py` keeps the candidates of a prompt together and their text once. Here every row has its own
-text, so that any row can be given to anybody at any time. All products are of one row each: what
-a row gets does not depend on how many others there are.
+`caches.py` keeps the candidates of a prompt together and their text once. Here every row has its
+own text, so that any row can be given to anybody at any time. All products are of one row each:
+what a row gets does not depend on how many others there are.
 
 Letters: B rows, A of them in use (the first ones), T text slots, n tokens of a prefix, H heads, D
 head width, S slots that a step reads, C model width, K image codes.

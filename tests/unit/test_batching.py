@@ -67,7 +67,8 @@ def finish(batch: Batch) -> None:
 
 def alone(packed: PackedPrior, asked: Asked) -> dict[int, list[int]]:
     """The same order in a batch of its own, one picture at a time."""
-    order, result = asked.order, {}
+    order = asked.order
+    result: dict[int, list[int]] = {}
     for seed in order.seeds:
         again = Asked([seed], order.text_tokens, sampling=order.sampling, primed=order.primed)
         batch = Batch(packed, 2)
@@ -231,7 +232,8 @@ def test_logits_that_are_not_finite_end_only_their_order(prior: Prior) -> None:
 def test_an_order_that_cannot_be_drawn_is_refused(
     packed: PackedPrior, what: str, wanted: dict[str, Any]
 ) -> None:
-    asked = Asked(**({"seeds": [1], "text": prompts(1, TINY)[0]} | wanted))
+    arguments: dict[str, Any] = {"seeds": [1], "text": prompts(1, TINY)[0]} | wanted
+    asked = Asked(**arguments)
     batch = Batch(packed, 2)
     with pytest.raises(ValueError, match=what):
         batch.add(asked.order)
@@ -251,21 +253,26 @@ ACTIONS = st.lists(
 @settings(max_examples=25)
 @given(slots=st.integers(2, 7), actions=ACTIONS)
 def test_slots_never_leak(packed: PackedPrior, slots: int, actions: list[tuple]) -> None:
-    batch, asked, text = Batch(packed, slots), [], prompts(1, TINY)[0]
-    do: dict[str, Callable[..., Any]] = {
-        "drop": lambda which: asked and batch.drop(asked.pop(which % len(asked)).order),
-        "step": lambda times: [batch.step() for _ in range(times)],
-    }
+    batch, text = Batch(packed, slots), prompts(1, TINY)[0]
+    asked: list[Asked] = []
 
     def add(count: int, sampling: SamplingConfig) -> None:
         asked.append(Asked([*range(count)], text, sampling=sampling))
         batch.add(asked[-1].order)
 
+    def drop(which: int) -> None:
+        if asked:
+            batch.drop(asked.pop(which % len(asked)).order)
+
+    def step(times: int) -> None:
+        for _ in range(times):
+            batch.step()
+
+    do: dict[str, Callable[..., None]] = {"add": add, "drop": drop, "step": step}
     for name, *arguments in actions:
-        (do | {"add": add})[name](*arguments)
+        do[name](*arguments)
         assert 0 <= batch.busy_slots <= slots
-        held = sum(order.slots for order in {one.order for one in asked})
-        assert held == batch.busy_slots
+        assert sum(one.order.slots for one in asked) == batch.busy_slots
     finish(batch)
     assert all(one.done for one in asked)
     assert batch.waiting == 0
