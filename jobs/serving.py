@@ -128,7 +128,7 @@ class Ingress:
     """Speaks HTTP, and knows where pictures come from."""
 
     def __init__(self, settings: IngressSettings, samplers: Any, reranker: Any = None) -> None:
-        logging.getLogger("manray.access").setLevel(logging.INFO)
+        log_requests()
         self._samplers, self._reranker = samplers, reranker
         self._stream = samplers.options(stream=True)
         self._metrics = IngressMetrics()
@@ -203,6 +203,14 @@ class Ingress:
 
     async def _said(self) -> str:
         return self._metrics.text(self._source)
+
+
+def log_requests() -> None:
+    """Let the access log out: to the process' standard error, which Ray keeps and shows."""
+    log = logging.getLogger("manray.access")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.addHandler(logging.StreamHandler())
 
 
 def load_pieces(settings: SamplerSettings) -> PieceSampler:

@@ -11,6 +11,7 @@ from typing import Any
 import tyro
 
 from jobs.configs.serve_sampler import PRESETS, Scale, ServeSamplerJob
+from jobs.configs.train_prior import PRESETS as PRIOR_PRESETS
 from jobs.serving import (
     Ingress,
     IngressSettings,
@@ -117,7 +118,7 @@ def _ingress_settings(job: ServeSamplerJob, checked: CheckedFiles) -> IngressSet
         "image_tokens": prior.image_len,
         "vocab_size": prior.image_vocab_size,
         "guidable": checked.caption_dropout > 0,
-        "about": model_card(read_header(job.prior, "prior"), run_id_of(job.prior.parent)),
+        "about": _about(job, checked),
     }
     return IngressSettings(
         model=model,
@@ -128,6 +129,13 @@ def _ingress_settings(job: ServeSamplerJob, checked: CheckedFiles) -> IngressSet
         limits=job.limits,
         access=_access(job),
     )
+
+
+def _about(job: ServeSamplerJob, checked: CheckedFiles) -> dict[str, str]:
+    """The model's card; a preset is known by the sizes of its prior."""
+    presets = [name for name, (_, made) in PRIOR_PRESETS.items() if made.prior == checked.prior]
+    header, run_id = read_header(job.prior, "prior"), run_id_of(job.prior.parent)
+    return model_card(header, run_id, presets[0] if len(presets) == 1 else "")
 
 
 def _access(job: ServeSamplerJob) -> AccessSettings:
