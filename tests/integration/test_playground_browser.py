@@ -7,21 +7,18 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from pipelines.sampling.access import AccessSettings
 from pipelines.sampling.engine import Sampler
-from pipelines.sampling.image_tokens import ignore_progress
 from pipelines.sampling.keys import add_key
 from pipelines.sampling.model_card import model_card
 from pipelines.training.weights import read_header
 from tests.fixtures.browser import Seen, look_at
-from tests.fixtures.http_server import app_of, serving
+from tests.fixtures.http_server import app_of, before_steps, serving
 from tests.fixtures.models import TinyModels, tiny_models
 
 EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
@@ -35,19 +32,6 @@ CANVAS = """(async () => {{ const image = document.images[{0}]; await image.deco
   const canvas = Object.assign(document.createElement('canvas'), {{width: 64, height: 64}});
   const pen = canvas.getContext('2d'); pen.drawImage(image, 0, 0);
   return [...pen.getImageData(0, 0, 64, 64).data]; }})()"""
-
-
-class Steady(Sampler):
-    """Takes a moment a token, so that a picture can be seen while it is drawn."""
-
-    def sample(self, *args: Any, **kwargs: Any) -> Any:
-        watch = kwargs.pop("on_progress", ignore_progress)
-
-        def look(done: int, tokens: torch.Tensor) -> None:
-            time.sleep(STEP_SECONDS)
-            watch(done, tokens)
-
-        return super().sample(*args, on_progress=look, **kwargs)
 
 
 class Brightness:
@@ -64,8 +48,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
 
 @pytest.fixture(scope="module")
 def sampler(models: TinyModels) -> Sampler:
-    plain = models.sampler()
-    return Steady(plain.prior, plain.dvae, plain.tokenizer, max_candidates=16)
+    return models.sampler()
+
+
+@pytest.fixture(autouse=True)
+def steadily(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes a moment, so that a picture can be seen while it is drawn."""
+    before_steps(monkeypatch, lambda batch: time.sleep(STEP_SECONDS))
 
 
 @pytest.fixture(scope="module")
