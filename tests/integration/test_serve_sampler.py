@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 from jobs import deployment, serve_sampler
-from jobs.configs.serve_sampler import ServeSamplerJob
+from jobs.configs.serve_sampler import Scale, ServeSamplerJob
 from tests.fixtures.models import TinyModels, tiny_models
 from tests.fixtures.ray_head import free_ports
 
@@ -55,6 +55,8 @@ def served(ray_cluster: None, models: TinyModels, tmp_path_factory: Any) -> Iter
         prior=models.prior,
         port=free_ports(1)[0],
         device="cpu",
+        slots=4,
+        samplers=Scale(replicas=2),
     )
     with deployment.serve_in_background(job) as url:
         yield Served(url=url, job=job, models=models)
