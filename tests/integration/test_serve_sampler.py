@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from jobs import deployment, serve_sampler
-from jobs.configs.serve_sampler import ServeSamplerJob
+from jobs.configs.serve_sampler import Scale, ServeSamplerJob
 from jobs.rate_limits import NAME, NAMESPACE
 from pipelines.sampling.access import AccessSettings
 from pipelines.sampling.keys import add_key, remove_key
@@ -67,6 +67,8 @@ def served(ray_cluster: None, models: TinyModels, tmp_path_factory: Any) -> Iter
         prior=models.prior,
         port=free_ports(1)[0],
         device="cpu",
+        slots=4,
+        samplers=Scale(replicas=2),
     )
     with deployment.serve_in_background(job) as url:
         yield Served(url=url, job=job, models=models, key=key)
