@@ -24,6 +24,7 @@ from jobs import deployment, serve_sampler
 from jobs.configs.serve_sampler import Scale, ServeSamplerJob
 from jobs.rate_limits import NAME, NAMESPACE
 from pipelines.sampling.access import AccessSettings
+from pipelines.sampling.engine import Start
 from pipelines.sampling.keys import add_key, remove_key
 from pipelines.sampling.rate_limits import RateLimits
 from tests.fixtures.models import TinyModels, tiny_models
@@ -189,6 +190,19 @@ def test_a_stream_comes_through_as_it_is_drawn(served: Served) -> None:
     assert [event.rows for event in events[:3]] == [2, 4, 6]
     wanted = served.models.sampler().generate("dog", seed=4)[0]
     assert np.array_equal(pixels_of(events[3].b64_json), wanted)
+
+
+def test_a_picture_is_completed_from_its_upper_rows(served: Served) -> None:
+    sampler = served.models.sampler()
+    original, file = sampler.generate("dog", seed=5)[0], io.BytesIO()
+    Image.fromarray(original).save(file, "PNG")
+    answer = served.client().images.edit(
+        image=file.getvalue(), prompt="dog", extra_body={"seed": 9, "keep_rows": 3}
+    )
+    start = Start(tokens=sampler.first_rows(original, 3))
+    wanted = sampler.sample(["dog"], n=1, seed=9, start=start)[0][0]
+    assert answer.data is not None
+    assert np.array_equal(pixels_of(answer.data[0].b64_json), wanted.pixels)
 
 
 def test_the_page_is_there_and_the_rest_needs_a_key_of_the_file(served: Served) -> None:
