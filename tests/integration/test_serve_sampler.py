@@ -22,7 +22,7 @@ from PIL import Image
 
 from jobs import deployment, serve_sampler
 from jobs.configs.serve_sampler import Scale, ServeSamplerJob
-from jobs.rate_limits import NAME, NAMESPACE
+from jobs.rate_limits import NAMESPACE, actor_name
 from pipelines.sampling.access import AccessSettings
 from pipelines.sampling.engine import Start
 from pipelines.sampling.keys import add_key, remove_key
@@ -224,9 +224,13 @@ def test_all_replicas_share_the_buckets_of_a_key(served: Served) -> None:
     import ray
 
     assert served.client().images.generate(prompt="dog").data
-    buckets = ray.get_actor(NAME, namespace=NAMESPACE)
+    buckets = ray.get_actor(actor_name(RATE), namespace=NAMESPACE)
     assert ray.get(buckets.take.remote("nobody", 1000)) == 0
     assert ray.get(buckets.take.remote("nobody", 1000)) > 0
+    ray.kill(buckets)
+    assert served.client().images.generate(prompt="dog").data
+    again = ray.get_actor(actor_name(RATE), namespace=NAMESPACE)
+    assert ray.get(again.take.remote("nobody", 1000)) == 0
 
 
 def test_the_record_says_what_is_served_where(served: Served) -> None:
