@@ -110,9 +110,7 @@ def test_the_best_of_a_pool_come_back_ranked_and_each_is_what_its_seed_gives_alo
 def test_partial_pictures_come_through_while_the_picture_is_drawn(served: Served) -> None:
     client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
     events = [
-        *client.images.generate(
-            prompt="dog", stream=True, partial_images=3, extra_body={"seed": 3}
-        )
+        *client.images.generate(prompt="dog", stream=True, partial_images=3, extra_body={"seed": 3})
     ]
     kinds = [event.type.rpartition(".")[2] for event in events]
     assert kinds == ["partial_image"] * 3 + ["completed"]
@@ -197,9 +195,7 @@ def other_prior(served: Served, file: Path, *, broken: bool) -> ServeSamplerJob:
     return dataclasses.replace(served.job, prior=file, output=file.parent / "out", update=True)
 
 
-def test_files_that_draw_nothing_leave_the_old_ones_serving(
-    served: Served, tmp_path: Path
-) -> None:
+def test_files_that_draw_nothing_leave_the_old_ones_serving(served: Served, tmp_path: Path) -> None:
     before = served.ask(seed=7).json()["data"]
     with pytest.raises(NonFiniteLogits, match="must be finite"):
         deployment.update(other_prior(served, tmp_path / "prior.safetensors", broken=True))

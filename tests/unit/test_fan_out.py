@@ -80,7 +80,9 @@ def test_pictures_are_the_samplers_in_the_order_of_their_seeds(sampler: Sampler)
 def test_partial_pictures_come_before_the_whole_ones_of_the_first_n(pieces: PieceSampler) -> None:
     items = run(all_of(source_of(pieces.draw), asked(n=2, rerank_pool=6, partial_images=3)))
     partial = [item for item in items if isinstance(item, PartialPicture)]
-    assert {(item.index, item.rows) for item in partial} == {(i, r) for i in (0, 1) for r in (2, 4, 6)}
+    assert {(item.index, item.rows) for item in partial} == {
+        (i, r) for i in (0, 1) for r in (2, 4, 6)
+    }
     assert isinstance(items[-1], list)
 
 
