@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipelines.sampling.batching import Batch, Order
+from pipelines.sampling.batching import Batch
+from pipelines.sampling.orders import Order
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,7 @@ a picture, K image codes.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,52 +25,10 @@ from torch import Tensor
 from pipelines.sampling.diagnosis import NonFiniteLogits, non_finite_logits
 from pipelines.sampling.drawing import SamplingConfig, draw, uniform_draws
 from pipelines.sampling.image_tokens import check_primed, null_prompt
+from pipelines.sampling.orders import Drawn, Order
 from pipelines.sampling.packing import PackedPrior, Precision
 from pipelines.sampling.picture_source import TooLate
-from pipelines.sampling.row_caches import Prefix, RowDecoder
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A picture of an order, or its upper rows."""
-
-    index: int
-    """Which of the order's seeds."""
-    rows: int
-    """Rows of the grid that are drawn."""
-    tokens: Tensor  # int64 (rows · grid,)
-
-
-Tell = Callable[[Drawn | Exception], None]
-
-
-@dataclass(eq=False, kw_only=True)
-class Order:
-    """Pictures of one prompt, and who is to be told."""
-
-    text_tokens: Tensor  # int64 (T,)
-    seeds: Sequence[int]
-    sampling: SamplingConfig
-    """Its precision is not looked at: a batch has one."""
-    tell: Tell
-    """Called in the thread that steps: with every whole picture, and at the end with an error if
-    there was one."""
-    primed: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # (n,)
-    moments: frozenset[int] = frozenset()
-    """Rows of the grid after which the first `shown` pictures are told of."""
-    shown: int = 0
-    deadline: float = float("inf")
-    """On time.monotonic's clock."""
-
-    begun: int = field(default=0, init=False)
-    left: int = field(default=0, init=False)
-    slots: int = field(default=0, init=False)
-    prefixes: list[Prefix] = field(default_factory=list, init=False)
-
-    @property
-    def slots_a_picture(self) -> int:
-        """Two with guidance: the prompt's and the empty caption's."""
-        return 2 if self.sampling.guided else 1
+from pipelines.sampling.row_caches import RowDecoder
 
 
 @dataclass(eq=False)
@@ -98,7 +55,7 @@ class Batch:
         self._tokens = torch.zeros(slots, length, dtype=torch.int64, device=device)
         self._draws = torch.zeros(slots, length, dtype=torch.float64, device=device)
         self._logits = torch.zeros(slots, self.config.image_vocab_size, device=device)
-        self._finite = torch.ones(slots, dtype=torch.bool, device=device)
+        self._unsound = torch.zeros(slots, device=device)  # 0, or NaN
         self._owners: list[_Picture] = []  # of the rows in use, which are the first ones
         self._orders: list[Order] = []  # as they came
         self.steps, self.drawn = 0, 0  # how often it stepped; image tokens that came of it
@@ -150,8 +107,8 @@ class Batch:
         now = time.monotonic()
         for order in [order for order in self._orders if order.deadline < now]:
             self._fail(order, TooLate())
-        while self._take():
-            pass
+        if taken := self._take():
+            self._begin(taken)
         if not self._owners:
             return
         for sampling, pictures in self._by_sampling().items():
@@ -165,50 +122,68 @@ class Batch:
             last = self._tokens[rows, positions - 1]
             self._logits[: len(rows)] = self._decoder.step(last, positions - 1)
 
-    def _take(self) -> bool:
-        """Give free slots to the next order's next picture; whether there was one that fits."""
-        quarter, free = max(1, self.slots // 4), self.slots - len(self._owners)
+    def _take(self) -> list[_Picture]:
+        """Give the free slots away; the pictures that have them now."""
+        quarter, taken = max(1, self.slots // 4), list[_Picture]()
         waiting = [order for order in self._orders if order.begun < len(order.seeds)]
-        # The sort is stable: of equals the one that came first. Whoever is next waits until its
-        # slots are free, else orders that take one would keep out those that take two.
-        order = min(waiting, key=lambda order: order.slots // quarter, default=None)
-        if order is None or order.slots_a_picture > free:
-            return False
-        self._begin(order)
-        return True
+        while waiting:
+            # Of equals the one that came first. Whoever is next waits until its slots are free,
+            # else orders that take one would keep out those that take two.
+            order = min(waiting, key=lambda order: order.slots // quarter)
+            first, last = len(self._owners), len(self._owners) + order.slots_a_picture
+            if last > self.slots:
+                break
+            picture = _Picture(order, order.begun, [*range(first, last)], len(order.primed))
+            self._owners += [picture] * len(picture.rows)
+            order.begun += 1
+            order.slots += len(picture.rows)
+            taken.append(picture)
+            if order.begun == len(order.seeds):
+                waiting.remove(order)
+        return taken
 
-    def _begin(self, order: Order) -> None:
-        if not order.prefixes:
+    def _begin(self, taken: list[_Picture]) -> None:
+        self._run_prompts(list(dict.fromkeys(p.order for p in taken if not p.order.prefixes)))
+        draws = uniform_draws([p.order.seeds[p.index] for p in taken], self.config.image_len)
+        for picture, uniform in zip(taken, draws, strict=True):
+            order = picture.order
+            for row, prefix in zip(picture.rows, order.prefixes, strict=True):
+                self._decoder.load(row, prefix)
+                self._logits[row] = prefix.logits
+                self._tokens[row, : picture.position] = order.primed
+                self._draws[row].copy_(uniform)
+                self._unsound[row] = 0
+        for picture in taken:
+            if picture.order.begun == len(picture.order.seeds):
+                picture.order.prefixes = []  # as large as a row's text
+
+    def _run_prompts(self, orders: list[Order]) -> None:
+        """Those with equally many given tokens at once."""
+        groups: dict[int, list[tuple[Order, Tensor]]] = {}
+        for order in orders:
             texts = [order.text_tokens]
             if order.sampling.guided:
                 texts.append(null_prompt(self.config, order.text_tokens[None])[0])
-            order.prefixes = [self._decoder.prefix(text, order.primed) for text in texts]
-        given, index = len(order.primed), order.begun
-        picture = _Picture(order, index, [], given)
-        uniform = uniform_draws([order.seeds[index]], self.config.image_len)[0]
-        for prefix in order.prefixes:
-            row = len(self._owners)
-            self._owners.append(picture)
-            picture.rows.append(row)
-            self._decoder.load(row, prefix)
-            self._logits[row] = prefix.logits
-            self._tokens[row, :given] = order.primed
-            self._draws[row].copy_(uniform)
-            self._finite[row] = True
-        order.begun += 1
-        order.slots += len(picture.rows)
-        if order.begun == len(order.seeds):
-            order.prefixes = []  # it is as large as a row's text
+            groups.setdefault(len(order.primed), []).extend((order, text) for text in texts)
+        for group in groups.values():
+            texts, primed = [text for _, text in group], [order.primed for order, _ in group]
+            prefixes = self._decoder.prefixes(torch.stack(texts), torch.stack(primed))
+            for (order, _), prefix in zip(group, prefixes, strict=True):
+                order.prefixes.append(prefix)
 
     def _draw(self, sampling: SamplingConfig, pictures: list[_Picture]) -> None:
         device = self._tokens.device
         table = torch.tensor([[*p.rows, p.position] for p in pictures], device=device)
         rows, position = table[:, 0], table[:, -1]
-        logits = self._logits.index_select(0, rows)
+        if len(pictures) == len(self._owners):
+            logits = self._logits[: len(pictures)]
+        else:
+            logits = self._logits.index_select(0, rows)
         if sampling.guided:
             empty = self._logits.index_select(0, table[:, 1])
             logits = torch.lerp(empty, logits, sampling.cond_scale)
-        self._finite[rows] &= (logits * 0).sum(dim=1) == 0
+        # 0 times a number is 0, times infinity or NaN it is NaN, and that stays.
+        self._unsound.index_add_(0, rows, (logits * 0).sum(dim=1))
         codes = draw(logits, self._draws[rows, position], sampling)
         for column in range(table.shape[1] - 1):
             self._tokens[table[:, column], position] = codes
@@ -219,8 +194,11 @@ class Batch:
         """End the orders whose logits were not finite; a GPU is asked once a row of the picture."""
         if self._tokens.is_cuda and self.steps % self.config.grid and not self._any_ends():
             return
-        finite = self._finite.tolist()
-        broken = {p.order: p for p in self._pictures() if not finite[p.rows[0]]}
+        unsound = self._unsound[: len(self._owners)] != 0
+        if not unsound.any():
+            return
+        flags = unsound.tolist()
+        broken = {p.order: p for p in self._pictures() if flags[p.rows[0]]}
         for order, picture in broken.items():
             self._fail(order, self._broken(picture))
 
@@ -271,7 +249,7 @@ class Batch:
 
     def _move(self, source: int, target: int) -> None:
         self._decoder.move(source, target)
-        for table in (self._tokens, self._draws, self._logits, self._finite):
+        for table in (self._tokens, self._draws, self._logits, self._unsound):
             table[target] = table[source]
         owner = self._owners[source]
         owner.rows[owner.rows.index(source)] = target

@@ -4,8 +4,8 @@
 own text, so that any row can be given to anybody at any time. All products are of one row each:
 what a row gets does not depend on how many others there are.
 
-Letters: B rows, A of them in use (the first ones), T text slots, n tokens of a prefix, H heads, D
-head width, S slots that a step reads, C model width, K image codes.
+Letters: P prompts, B rows, A of them in use (the first ones), T text slots, n image tokens of a
+prefix, H heads, D head width, S slots that a step reads, C model width, K image codes.
 """
 
 from typing import NamedTuple
@@ -31,35 +31,34 @@ class RowMoment(NamedTuple):
 
     places: Tensor  # (A · H,) int64: where the new keys go, counted through all rows and heads
     mask: Tensor  # (A · H, 1, T + S), added to the scores
-    slabs: Tensor  # (A · H,) int64: the slab that each reads, counted in the same way
+    slabs: Tensor | None  # (A · H,) int64: the slab that each reads, counted in the same way
 
 
 class RowTimetable:
     """The moments of all positions of a layout."""
 
-    def __init__(self, layout: Layout, weights: StepWeights) -> None:
+    def __init__(self, layout: Layout, weights: StepWeights, rows: int) -> None:
         device, text_len = weights.device, weights.config.text_len
-        self._layout, self._heads = layout, weights.config.n_heads
         hidden = torch.cat((layout.hidden.new_zeros(len(layout.mask), text_len), layout.hidden), 1)
         mask = torch.zeros(hidden.shape).masked_fill(hidden, float("-inf"))
-        self._masks = mask.to(device=device, dtype=weights.cache_dtype)
-        self._places, self._slabs = (
-            layout.places.to(device),
-            layout.places.to(device) // layout.ring,
-        )
+        self._masks = mask[:, None].to(device=device, dtype=weights.cache_dtype)
+        self._places = layout.places.to(device)
+        self._slabs = None if layout.slabs == 1 else self._places // layout.ring
         # With one slab the ring follows the text in the same memory.
-        one = layout.slabs == 1
-        self._start = text_len if one else 0
-        self._stride = text_len + layout.ring if one else layout.slabs * layout.ring
+        start = text_len if layout.slabs == 1 else 0
+        each = torch.arange(rows * weights.config.n_heads, device=device)
+        self._first_places = each * (start + layout.slabs * layout.ring) + start
+        self._first_slabs = each * layout.slabs
 
-    def at(self, positions: Tensor) -> RowMoment:  # (A,) int64
-        """The moment at which row r is at positions[r]."""
-        heads = torch.arange(len(positions) * self._heads, device=positions.device)
-        each = positions.repeat_interleave(self._heads)
+    def at(self, positions: Tensor) -> RowMoment:  # (A · H,) int64
+        """The moment at which each head of each row is at its position."""
+        count, slabs = len(positions), self._slabs
         return RowMoment(
-            places=heads * self._stride + self._start + self._places.index_select(0, each),
-            mask=self._masks.index_select(0, each)[:, None],
-            slabs=heads * self._layout.slabs + self._slabs.index_select(0, each),
+            places=self._places.index_select(0, positions) + self._first_places[:count],
+            mask=self._masks.index_select(0, positions),
+            slabs=None
+            if slabs is None
+            else slabs.index_select(0, positions) + self._first_slabs[:count],
         )
 
 
@@ -98,6 +97,7 @@ class RowCache:
         count, ring = qkv.shape[1], self.kv if self.slabs is None else self.slabs
         ring.flatten(1, 2).index_copy_(1, moment.places, qkv[1:])
         if self.slabs is not None:
+            assert moment.slabs is not None
             self.kv[:, :count, self.text_len :] = self.slabs.index_select(1, moment.slabs)
         keys, values = self.kv[:, :count]
         q = qkv[0][:, None]
@@ -127,19 +127,22 @@ class RowDecoder:
             kind: image_layout(kind, weights.config.grid, weights.config.conv_kernel)
             for kind in weights.kinds
         }
-        self._tables = {kind: RowTimetable(layouts[kind], weights) for kind in layouts}
+        self._tables = {kind: RowTimetable(layouts[kind], weights, rows) for kind in layouts}
         self._caches = [RowCache(layouts[kind], weights, rows) for kind in weights.kinds]
         self._embedding = weights.prior.image_embedding.weight.detach()
 
     @torch.inference_mode()
-    def prefix(self, text_tokens: Tensor, image_tokens: Tensor) -> Prefix:  # (T,), (n,)
-        """Run a prompt and a picture's first tokens."""
-        x, kept = self.prompts.embed(text_tokens[None], image_tokens[None]), []
-        for passed in self.prompts.stack.walk(x, len(text_tokens)):
+    def prefixes(self, text_tokens: Tensor, image_tokens: Tensor) -> list[Prefix]:
+        """Run prompts (P, T) and their pictures' first tokens (P, n)."""
+        x, kept = self.prompts.embed(text_tokens, image_tokens), []
+        for passed in self.prompts.stack.walk(x, text_tokens.shape[1]):
             x = passed.x
             if passed.kept is not None:
-                kept.append(passed.kept[1][:, 0].to(self.weights.cache_dtype))
-        return Prefix(kept, self.prompts.score(x[:, -1])[0])
+                kept.append(passed.kept[1].to(self.weights.cache_dtype))  # (2, P, H, T + n, D)
+        logits = self.prompts.score(x[:, -1].contiguous())
+        return [
+            Prefix([kv[:, prompt] for kv in kept], logits[prompt]) for prompt in range(len(logits))
+        ]
 
     @torch.inference_mode()
     def load(self, row: int, prefix: Prefix) -> None:
@@ -158,7 +161,8 @@ class RowDecoder:
         """Add each row's token at its position; the logits of the next one."""
         weights, caches = self.weights, iter(self._caches)
         rows, heads = len(tokens), weights.config.n_heads
-        moments = {kind: table.at(positions) for kind, table in self._tables.items()}
+        each = positions.repeat_interleave(heads)
+        moments = {kind: table.at(each) for kind, table in self._tables.items()}
         x = self._embedding.index_select(0, tokens)
         x = x + weights.image_position.index_select(0, positions)
         for block in weights.blocks:

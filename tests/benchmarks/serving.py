@@ -1,6 +1,6 @@
 """The server under load, beside the bare sampler that it is made of; all in one run.
 
-    python -m tests.benchmarks.serving [--run runs/quickstart] [--seconds 20] [--overload-seconds 120]
+    python -m tests.benchmarks.serving [--run runs/quickstart] [--overload-seconds 120]
 
 Writes runs/bench/serving.json. The model is the run's; without one, one of the same size with
 random weights, and the result says so. Clients, ingress and sampler share the machine: on two

@@ -182,8 +182,8 @@ def test_a_sampler_that_is_killed_costs_no_request(served: Served) -> None:
         answers = [future.result() for future in asked]
     assert [answer.status_code for answer in answers] == [200] * 4
     for answer in answers:
-        pictures = answer.json()["data"]
-        assert all(np.array_equal(pixels_of(a), pixels_of(b)) for a, b in zip(pictures, wanted))
+        for mine, other in zip(answer.json()["data"], wanted, strict=True):
+            assert np.array_equal(pixels_of(mine), pixels_of(other))
 
 
 def other_prior(served: Served, file: Path, *, broken: bool) -> ServeSamplerJob:

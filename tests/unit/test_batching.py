@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from models.prior import Prior
-from pipelines.sampling.batching import Batch, Drawn, Order
+from pipelines.sampling.batching import Batch
 from pipelines.sampling.diagnosis import NonFiniteLogits
 from pipelines.sampling.drawing import SamplingConfig
 from pipelines.sampling.image_tokens import sample_image_tokens
+from pipelines.sampling.orders import Drawn, Order
 from pipelines.sampling.packing import PackedPrior
 from pipelines.sampling.picture_source import TooLate
 from tests.fixtures.models import TINY, prompts, random_prior
