@@ -10,68 +10,20 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jobs import runtime
 from jobs.configs.serve_sampler import ServeSamplerJob
+from jobs.serving import trial
+from jobs.serving_application import application, sampler_settings
 from pipelines.data.storage import canonical_json, replace_file
-from pipelines.sampling.api import ServedModel
-from pipelines.sampling.http_app import ServingLimits, build_app
-from pipelines.sampling.loading import (
-    CheckedFiles,
-    DeviceChoice,
-    ModelFiles,
-    check_files,
-    load_sampler,
-)
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
+from pipelines.sampling.loading import CheckedFiles, ModelFiles, check_files
 
 APP = "manray"
 RECORD = "serving.json"
 # Beyond the app's own limits, so that it is the app that answers, in OpenAI's envelope.
 SPARE_SECONDS = 15.0
-SPARE_REQUESTS = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServiceSettings:
-    """What a replica needs to know; travels to it."""
-
-    files: ModelFiles
-    model_name: str
-    created: int
-    device: DeviceChoice
-    threads: int
-    max_candidates: int
-    limits: ServingLimits
-
-
-class SamplerService:
-    """One replica: loads the models, makes a picture to see that they work, hosts the app."""
-
-    def __init__(self, settings: ServiceSettings) -> None:
-        import torch
-
-        torch.set_num_threads(settings.threads)
-        sampler = load_sampler(
-            settings.files, device=settings.device, max_candidates=settings.max_candidates
-        )
-        sampler.generate("warm up")
-        model = ServedModel(
-            name=settings.model_name,
-            created=settings.created,
-            image_size=sampler.image_size,
-            image_tokens=sampler.prior.config.image_len,
-            vocab_size=sampler.prior.config.image_vocab_size,
-            check_prompt=sampler.check_prompt,
-        )
-        self._app = build_app(sampler, model, settings.limits, host_numbers_requests=True)
-
-    def __serve_build_asgi_app__(self) -> "FastAPI":
-        return self._app
+TRIAL_SECONDS = 600.0
 
 
 @contextmanager
@@ -96,7 +48,8 @@ def serve_in_background(job: ServeSamplerJob) -> Iterator[str]:
         )
         if APP in serve.status().applications:
             raise ValueError(
-                f"a cluster must serve one {APP}, and this one does already: end that one first"
+                f"a cluster must serve one {APP}, and this one does already: end that one first, "
+                "or replace what it serves with --update"
             )
         try:
             _run(job, checked)
@@ -110,6 +63,39 @@ def serve_in_background(job: ServeSamplerJob) -> Iterator[str]:
                 # Ray 2.60 prints that Serve's controller, which it ended itself, is dead.
                 with redirect_stdout(io.StringIO()):
                     serve.shutdown()
+
+
+def update(job: ServeSamplerJob) -> str:
+    """Let the server of this cluster go on with other files; gives its URL.
+
+    A picture is drawn from them first: if that fails, or a replica does not start, the old ones
+    stay. Replicas with the new files start before those with the old ones end, which let their
+    requests end.
+    """
+    checked = check_model_files(job)
+    with runtime.ray_session():
+        import ray
+        from ray import serve
+
+        _quiet()
+        if APP not in serve.status().applications:
+            raise ValueError(
+                "RAY_ADDRESS must name a cluster that serves already, and this one does not: "
+                "leave --update out"
+            )
+        settings, scale = sampler_settings(job, checked), job.samplers
+        once = ray.remote(num_cpus=scale.cpus, num_gpus=scale.gpus, max_retries=0)(trial)
+        try:
+            ray.get(once.remote(settings), timeout=TRIAL_SECONDS)
+        except ray.exceptions.GetTimeoutError:
+            raise RuntimeError(
+                f"a sampler must start within {TRIAL_SECONDS:g} s for a trial, but it did not: an "
+                f"update needs {scale.cpus} free CPUs and {scale.gpus:g} free GPUs"
+            ) from None
+        _run(job, checked)
+        url = base_url(job)
+        replace_file(job.output / RECORD, canonical_json(_record(job, checked, url)))
+    return url
 
 
 def check_model_files(job: ServeSamplerJob) -> CheckedFiles:
@@ -138,47 +124,24 @@ def base_url(job: ServeSamplerJob) -> str:
     return f"http://{host}:{job.port}"
 
 
-def curl_line(url: str, prompt: str) -> str:
+def curl_line(url: str, prompt: str, *, with_key: bool = False) -> str:
     """A command that asks the server for a picture."""
+    key = '-H "Authorization: Bearer $MANRAY_KEY" ' if with_key else ""
     body = shlex.quote(json.dumps({"prompt": prompt, "n": 1, "seed": 0}, ensure_ascii=False))
-    return f"curl {url}/v1/images/generations -H 'Content-Type: application/json' -d {body}"
+    return f"curl {url}/v1/images/generations {key}-H 'Content-Type: application/json' -d {body}"
 
 
 def _run(job: ServeSamplerJob, checked: CheckedFiles) -> None:
     from ray import serve
-    from ray.serve.config import BackpressureConfig
 
-    settings = ServiceSettings(
-        files=checked.files.resolved(),
-        model_name=job.model_name,
-        created=int(job.prior.stat().st_mtime),
-        device=job.device,
-        threads=job.cpus_per_replica,
-        max_candidates=job.max_candidates,
-        limits=job.limits,
-    )
-    # Not decorators: Ray is imported only by those who serve.
-    service = serve.deployment(
-        serve.ingress()(SamplerService),
-        name=APP,
-        num_replicas=job.replicas,
-        max_ongoing_requests=1 + job.limits.max_waiting + SPARE_REQUESTS,
-        max_queued_requests=SPARE_REQUESTS,
-        # Models that fail once fail again: by default Serve would load them twenty times.
-        max_constructor_retry_count=1,
-        backpressure_config=BackpressureConfig(
-            status_code=429, retry_after_s=job.limits.retry_after_seconds
-        ),
-        ray_actor_options={"num_cpus": job.cpus_per_replica, "num_gpus": job.gpus_per_replica},
-        logging_config={"log_level": "WARNING", "enable_access_log": False},
-    )
     try:
-        serve.run(service.bind(settings), name=APP, route_prefix="/")
+        serve.run(application(job, checked), name=APP, route_prefix="/")
     except RuntimeError as error:  # it says that a deployment failed, not why
         deployments = serve.status().applications[APP].deployments.values()
         # The last line of the replica's traceback; the rest is in Serve's logs.
         reasons = [deployment.message.strip().rpartition("\n")[2] for deployment in deployments]
-        raise RuntimeError(f"{job.prior} could not be served: {'; '.join(reasons)}") from error
+        said = "; ".join(filter(None, reasons))
+        raise RuntimeError(f"{job.prior} could not be served: {said}") from error
 
 
 def _check_it_is_ours(job: ServeSamplerJob, url: str) -> None:

@@ -17,7 +17,7 @@ from pipelines.data.stage import Manifest
 from pipelines.data.storage import Location, canonical_json, replace_file, sha256_file
 from pipelines.evaluation import frechet, reconstruction, reconstruction_report
 from pipelines.evaluation.reconstruction import Judgement
-from pipelines.sampling.api import png
+from pipelines.sampling.grid import png
 from pipelines.sampling.loading import torch_device
 from pipelines.training import tracking
 from pipelines.training.run_directory import run_tags

@@ -11,11 +11,16 @@ from typing import Any
 
 from jobs import deployment, runtime
 from jobs.configs.serve_sampler import PRESETS, ServeSamplerJob
+from pipelines.sampling.access import Access
 from pipelines.training import tracking
 from pipelines.training.run_directory import run_tags
 
 STAGE = "serve_sampler"
 EXAMPLE = "red apple"
+KEYS = {
+    False: "No keys are asked for: whoever reaches this address may ask for pictures.",
+    True: "Requests need a key of the file, see python -m jobs.serve_keys.",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,8 +37,14 @@ def describe(job: ServeSamplerJob) -> list[str]:
 
 
 def serve(job: ServeSamplerJob) -> dict[str, Any]:
-    """Check port and files, serve, wait for SIGINT or SIGTERM, which end it in order."""
+    """Check port and files, serve, wait for SIGINT or SIGTERM, which end it in order.
+
+    With `update`, only change what another process serves.
+    """
+    if job.update:
+        return {"url": deployment.update(job), "updated": True}
     deployment.check_port(job)
+    Access(job.access)  # keys and policies that cannot be had are said before anything is started
     checked = deployment.check_model_files(job)
     settings = {"model_name": job.model_name, "limits": asdict(job.limits)}
     with (
@@ -47,10 +58,11 @@ def serve(job: ServeSamplerJob) -> dict[str, Any]:
         ),
         deployment.serve_in_background(job) as url,
     ):
-        started = time.monotonic()
+        started, with_keys = time.monotonic(), job.access.keys is not None
         with _until_told_to_stop() as told:
             print(f"serving {job.model_name} at {url}; Ctrl-C ends it. Try:", flush=True)
-            print(deployment.curl_line(url, EXAMPLE), flush=True)
+            print(deployment.curl_line(url, EXAMPLE, with_key=with_keys), flush=True)
+            print(f"or open {url}/ in a browser. {KEYS[with_keys]}", flush=True)
             told.wait()
         served = time.monotonic() - started
         print("stopping …", flush=True)

@@ -1,48 +1,37 @@
-"""POST /v1/images/generations in the shape of OpenAI's Images API: what comes in, what goes out.
+"""What may be asked of the Images API, and how it is to be answered.
 
 Pure functions of bytes and values, no server: a request is taken apart field by field, and whatever
 is unknown or unsupported is refused by name instead of ignored.
+
+Letters: H and W the picture's sides.
 """
 
-import base64
-import io
-import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
 
 import numpy as np
-from PIL import Image
 
 from pipelines.sampling.drawing import ALL_CODES, LARGEST_SEED, SamplingConfig
-from pipelines.sampling.engine import Sample
+from pipelines.sampling.openai_errors import ApiError, shown
+from pipelines.sampling.openai_fields import Fields, parse_json
 
 MOST_PICTURES = 10  # OpenAI's limit of n
+MOST_PARTIALS = 3  # OpenAI's limit of partial_images
 BODY_BYTES = 64 * 1024
-REQUEST_ERROR = "invalid_request_error"
+# Every token stands for at least one byte, and no prior here has more text slots than this.
+PROMPT_CHARACTERS = 32_000  # OpenAI's limit
+IDENTIFIER_CHARACTERS = 512
+LARGEST_GUIDANCE = 100.0  # far beyond what makes pictures; keeps logits far from infinity
+FIELDS = (
+    *("prompt", "model", "n", "size", "quality", "background", "moderation", "response_format"),
+    *("output_format", "output_compression", "stream", "partial_images"),
+    *("user", "safety_identifier"),
+    *("seed", "temperature", "top_k", "top_p", "cond_scale", "rerank_pool"),
+)
 
-
-class ApiError(Exception):
-    """An answer in OpenAI's error envelope; `param` is the field that is wrong, if it is one."""
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int = 400,
-        type: str = REQUEST_ERROR,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.message, self.status, self.type = message, status, type
-        self.param, self.code, self.headers = param, code, dict(headers or {})
-
-    def envelope(self) -> dict[str, Any]:
-        fields = ("message", "type", "param", "code")
-        return {"error": {name: getattr(self, name) for name in fields}}
+OutputFormat = Literal["png", "webp", "jpeg"]
+FirstRows = Callable[[np.ndarray, int], np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,202 +46,203 @@ class ServedModel:
     vocab_size: int
     check_prompt: Callable[[str], int]
     """The prompt's length in tokens; raises ValueError if the model cannot take it."""
+    first_rows: FirstRows | None = None
+    """Image tokens of a picture's (H, W, 3) uint8 upper rows; None: pictures are not completed."""
+    guidable: bool = False
+    """Whether the prior was trained with caption_dropout, which cond_scale needs."""
+    largest_pool: int = 0
+    """Most candidates that a request may rank; 0: there is no reranker."""
+    about: Mapping[str, str] = field(default_factory=dict)
+    """What the model's card says: name and value, shown as text."""
 
     @property
     def size(self) -> str:
+        """As requests name it."""
         return f"{self.image_size}x{self.image_size}"
 
+    @property
+    def grid(self) -> int:
+        """Rows of image tokens."""
+        return round(self.image_tokens**0.5)
+
     def card(self) -> dict[str, Any]:
-        """An entry of GET /v1/models."""
+        """An entry of GET /v1/models; `manray` is ours."""
         return {
             "id": self.name,
             "object": "model",
             "created": self.created,
             "owned_by": "manray",
+            "manray": {
+                "size": self.size,
+                "image_tokens": self.image_tokens,
+                "vocab_size": self.vocab_size,
+                "most_pictures": MOST_PICTURES,
+                "largest_pool": self.largest_pool,
+                "guidable": self.guidable,
+                "edits": self.first_rows is not None,
+                "about": dict(self.about),
+            },
         }
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImagesRequest:
-    """A request that the model can answer."""
+    """What is to be drawn, by a model that can."""
 
     prompt: str
     prompt_tokens: int
     n: int
     seed: int
     sampling: SamplingConfig
+    partial_images: int = 0
+    """Moments at which the pictures are shown while they are drawn."""
+    rerank_pool: int = 0
+    """Candidates of which the best `n` are wanted; 0: nothing is ranked."""
+    start: np.ndarray | None = None
+    """The pictures' first image tokens, int64, whole rows of the grid."""
+
+    @property
+    def candidates(self) -> int:
+        """Pictures that are drawn, whether or not they are given out: what a request costs."""
+        return max(self.n, self.rerank_pool)
 
 
-def parse_request(body: bytes, model: ServedModel, random_seed: Callable[[], int]) -> ImagesRequest:
-    """The request in a body; raises ApiError naming the first field that is wrong.
+@dataclass(frozen=True, kw_only=True)
+class Delivery:
+    """How the pictures are given out."""
 
-    Fields: prompt, model, n (1), size ("auto"), response_format ("b64_json"), user (accepted and
-    ignored: nothing is kept of a request), and our own seed, temperature (1) and top_k (all codes).
-    Null is as good as absent where a field has a default.
+    stream: bool = False
+    output_format: OutputFormat = "png"
+    output_compression: int = 100
+    """Quality of WebP and JPEG, 0 to 100."""
+    user: str = ""
+    """Who is behind the request, as the client says: `safety_identifier`, or else `user`."""
+
+
+RandomSeed = Callable[[], int]
+
+
+def parse_request(
+    body: bytes, model: ServedModel, random_seed: RandomSeed
+) -> tuple[ImagesRequest, Delivery]:
+    """The request in a JSON body; raises ApiError naming the first field that is wrong."""
+    fields = Fields(parse_json(body), FIELDS, texts=False)
+    return wanted_pictures(fields, model, random_seed), wanted_delivery(fields)
+
+
+def wanted_pictures(fields: Fields, model: ServedModel, random_seed: RandomSeed) -> ImagesRequest:
+    """What is to be drawn.
+
+    Fields: prompt, model, n (1), size ("auto"), quality, background and moderation (as the model
+    has them: "auto"), partial_images (0), and our own seed (a random one), temperature (1), top_k
+    (all codes), top_p (1), cond_scale (1) and rerank_pool (0).
     """
-    fields = _parse_json(body)
-    known = (
-        *("prompt", "model", "n", "size", "response_format", "user"),
-        *("seed", "temperature", "top_k"),
-    )
-    for name in fields:
-        if name not in known:
-            raise ApiError(
-                f"Unknown parameter: {_shown(name)!r}. This server takes {', '.join(known)}.",
-                param=_shown(name),
-                code="unknown_parameter",
-            )
-    fields = {name: value for name, value in fields.items() if value is not None}
-    _check_choice(fields, "response_format", ("b64_json",))
-    _check_choice(fields, "size", ("auto", model.size))
     _check_model(fields, model)
-    _string(fields, "user", "")
-    prompt = _string(fields, "prompt", None)
+    fields.choice("size", ("auto", model.size))
+    fields.choice("quality", ("auto",))
+    fields.choice("background", ("auto", "opaque"))
+    fields.choice("moderation", ("auto",))
+    prompt = fields.string("prompt", None, longest=PROMPT_CHARACTERS)
     try:
         prompt_tokens = model.check_prompt(prompt)
     except ValueError as error:
         raise ApiError(str(error), param="prompt", code="invalid_prompt") from error
+    n = fields.integer("n", 1, lowest=1, highest=MOST_PICTURES)
+    seed = fields.integer("seed", -1, lowest=0, highest=LARGEST_SEED)
     return ImagesRequest(
         prompt=prompt,
         prompt_tokens=prompt_tokens,
-        n=_integer(fields, "n", 1, lowest=1, highest=MOST_PICTURES),
-        seed=_integer(fields, "seed", -1, lowest=0, highest=LARGEST_SEED)
-        if "seed" in fields
-        else random_seed(),
-        sampling=SamplingConfig(
-            temperature=_temperature(fields),
-            top_k=_integer(fields, "top_k", ALL_CODES, lowest=1, highest=model.vocab_size),
-        ),
+        n=n,
+        seed=random_seed() if seed < 0 else seed,
+        sampling=_sampling(fields, model),
+        partial_images=_partial_images(fields),
+        rerank_pool=_rerank_pool(fields, model, n),
     )
 
 
-def render_response(
-    request: ImagesRequest, model: ServedModel, samples: Sequence[Sample], *, created: int
-) -> dict[str, Any]:
-    """The answer's JSON; asking again with a picture's own seed and n = 1 gives that picture."""
-    output_tokens = len(samples) * model.image_tokens
-    return {
-        "created": created,
-        "data": [
-            {"b64_json": base64.b64encode(png(sample.pixels)).decode(), "seed": sample.seed}
-            for sample in samples
-        ],
-        "output_format": "png",
-        "size": model.size,
-        "usage": {
-            "input_tokens": request.prompt_tokens,
-            "input_tokens_details": {"text_tokens": request.prompt_tokens, "image_tokens": 0},
-            "output_tokens": output_tokens,
-            "total_tokens": request.prompt_tokens + output_tokens,
-        },
-    }
+def wanted_delivery(fields: Fields) -> Delivery:
+    """How it is given out.
 
-
-def png(pixels: np.ndarray) -> bytes:
-    """A picture (H, W, 3) uint8 as a PNG file."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format="PNG")
-    return file.getvalue()
-
-
-def _parse_json(body: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(body.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except RecursionError:
-        raise ApiError("The body must be a flat JSON object, it is nested too deeply.") from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are kinds of it
-        raise ApiError(f"The body must be valid JSON in UTF-8: {str(error)[:200]}.") from None
-    if not isinstance(fields, dict):
-        raise ApiError(f"The body must be a JSON object, got {_kind(fields)}.")
-    return fields
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in fields:
-            raise ApiError(f"Parameter given twice: {_shown(name)!r}.", param=_shown(name))
-        fields[name] = value
-    return fields
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _check_choice(fields: Mapping[str, Any], name: str, choices: Sequence[str]) -> None:
-    value = _string(fields, name, choices[0])
-    if value not in choices:
+    Fields: response_format ("b64_json"), stream (false), output_format ("png"), output_compression
+    (100, for webp and jpeg only), user and safety_identifier.
+    """
+    fields.choice("response_format", ("b64_json",))
+    output_format = fields.choice("output_format", ("png", "webp", "jpeg"))
+    compression = fields.integer("output_compression", 100, lowest=0, highest=100)
+    if output_format == "png" and compression != 100:
         raise ApiError(
-            f"{name} must be one of {', '.join(choices)}, got {_shown(value)!r}.", param=name
+            "output_compression must be 100 for png, which loses nothing: ask for webp or jpeg.",
+            param="output_compression",
+            code="unsupported_value",
         )
+    user = fields.string("user", "", longest=IDENTIFIER_CHARACTERS)
+    return Delivery(
+        stream=fields.boolean("stream"),
+        output_format=cast(OutputFormat, output_format),
+        output_compression=compression,
+        user=fields.string("safety_identifier", "", longest=IDENTIFIER_CHARACTERS) or user,
+    )
 
 
-def _check_model(fields: Mapping[str, Any], model: ServedModel) -> None:
-    name = _string(fields, "model", model.name)
-    if name != model.name:
-        raise ApiError(
-            f"The model {_shown(name)!r} does not exist; this server has {model.name!r}.",
-            status=404,
-            param="model",
-            code="model_not_found",
-        )
-
-
-def _string(fields: Mapping[str, Any], name: str, default: str | None) -> str:
-    value = fields.get(name, default)
-    if value is None:
-        raise ApiError(f"Missing required parameter: {name}.", param=name, code="missing_parameter")
-    if not isinstance(value, str):
-        raise _wrong_type(name, "a string", value)
-    return value
-
-
-def _integer(
-    fields: Mapping[str, Any], name: str, default: int, *, lowest: int, highest: int
-) -> int:
-    if name not in fields:
-        return default
-    value = fields[name]
-    if isinstance(value, bool) or not isinstance(value, int):  # in Python, true is an int
-        raise _wrong_type(name, "an integer", value)
-    if not lowest <= value <= highest:
-        raise ApiError(
-            f"{name} must be {lowest} to {highest}, got {str(value)[:32]}.",
-            param=name,
-            code="out_of_range",
-        )
-    return value
-
-
-def _temperature(fields: Mapping[str, Any]) -> float:
-    value = fields.get("temperature", 1.0)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _wrong_type("temperature", "a number", value)
-    # 1e999 is read as infinity, and an integer may be larger than any float.
-    if not 0 < value < 1e300 or not math.isfinite(value):
-        raise ApiError(
-            f"temperature must be positive and finite, got {str(value)[:32]}.",
-            param="temperature",
-            code="out_of_range",
-        )
-    return float(value)
-
-
-def _wrong_type(name: str, wanted: str, value: Any) -> ApiError:
+def no_such_model(name: str, model: ServedModel) -> ApiError:
+    """404, as OpenAI answers it."""
     return ApiError(
-        f"{name} must be {wanted}, got {_kind(value)}.", param=name, code="invalid_type"
+        f"The model {shown(name)!r} does not exist; this server has {model.name!r}.",
+        status=404,
+        param="model",
+        code="model_not_found",
     )
 
 
-def _shown(text: str) -> str:
-    """The start of a text that came in, fit for an answer: half a surrogate pair is not."""
-    return text[:64].encode(errors="backslashreplace").decode()
+def _check_model(fields: Fields, model: ServedModel) -> None:
+    name = fields.string("model", model.name)
+    if name != model.name:
+        raise no_such_model(name, model)
 
 
-def _kind(value: Any) -> str:
-    """What JSON calls it."""
-    if isinstance(value, bool):
-        return "a boolean"
-    names = {str: "a string", int: "an integer", float: "a number", list: "an array"}
-    return {dict: "an object", type(None): "null"}.get(type(value)) or names[type(value)]
+def _sampling(fields: Fields, model: ServedModel) -> SamplingConfig:
+    cond_scale = fields.number("cond_scale", 1.0, lowest=0, highest=LARGEST_GUIDANCE)
+    if cond_scale != 1 and not model.guidable:
+        raise ApiError(
+            "cond_scale must be 1: this model was trained without caption_dropout, "
+            "so it knows no empty caption to be guided away from.",
+            param="cond_scale",
+            code="unsupported_value",
+        )
+    return SamplingConfig(
+        temperature=fields.number("temperature", 1.0, lowest=0, above=True),
+        top_k=fields.integer("top_k", ALL_CODES, lowest=1, highest=model.vocab_size),
+        top_p=fields.number("top_p", 1.0, lowest=0, highest=1, above=True),
+        cond_scale=cond_scale,
+    )
+
+
+def _partial_images(fields: Fields) -> int:
+    count = fields.integer("partial_images", 0, lowest=0, highest=MOST_PARTIALS)
+    if count and not fields.boolean("stream"):
+        raise ApiError(
+            "partial_images must be 0 without stream: true.",
+            param="partial_images",
+            code="unsupported_value",
+        )
+    return count
+
+
+def _rerank_pool(fields: Fields, model: ServedModel, n: int) -> int:
+    if "rerank_pool" in fields and not model.largest_pool:
+        # 0 asks for what happens anyway.
+        if fields.integer("rerank_pool", 0, lowest=0, highest=1 << 31) == 0:
+            return 0
+        raise ApiError(
+            "rerank_pool must be 0: this server has no reranker.",
+            param="rerank_pool",
+            code="unsupported_value",
+        )
+    pool = fields.integer("rerank_pool", 0, lowest=0, highest=model.largest_pool)
+    if 0 < pool < n:
+        raise ApiError(
+            f"rerank_pool must be at least n, got {pool} and {n}.",
+            param="rerank_pool",
+            code="out_of_range",
+        )
+    return pool

@@ -71,17 +71,7 @@ class Sampler:
 
     def check_prompt(self, prompt: str) -> int:
         """The prompt's length in tokens; refuses one that is blank or would be cut off."""
-        if not prompt.strip():
-            raise ValueError("prompt must not be blank")
-        if "\0" in prompt:
-            raise ValueError("prompt must not contain NUL characters")
-        # Every token stands for at least one byte of the text: this bounds the work below.
-        length = self.tokenizer.count(prompt)
-        if length > self.prompt_limit:
-            raise ValueError(
-                f"prompt must have at most {self.prompt_limit} tokens, got {length}: shorten it"
-            )
-        return length
+        return check_prompt(self.tokenizer, self.prompt_limit, prompt)
 
     def generate(
         self,
@@ -189,6 +179,19 @@ class Sampler:
         """(P, n) on the prior's device; n may be 0."""
         tokens = np.zeros(0, np.int64) if start.tokens is None else start.tokens
         return torch.from_numpy(tokens).to(self.device).expand(prompts, -1)
+
+
+def check_prompt(tokenizer: CaptionTokenizer, limit: int, prompt: str) -> int:
+    """The prompt's length in tokens; refuses one that is blank or longer than `limit` tokens."""
+    if not prompt.strip():
+        raise ValueError("prompt must not be blank")
+    if "\0" in prompt:
+        raise ValueError("prompt must not contain NUL characters")
+    # Every token stands for at least one byte of the text: this bounds the work below.
+    length = tokenizer.count(prompt)
+    if length > limit:
+        raise ValueError(f"prompt must have at most {limit} tokens, got {length}: shorten it")
+    return length
 
 
 def check_fit(prior: PriorConfig, dvae: StageOneConfig, tokenizer: CaptionTokenizer) -> None:

@@ -1,5 +1,6 @@
 """Grids of pictures with a few words beside them: each row is a caption and its pictures."""
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -53,6 +54,13 @@ def picture_rows(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
     columns = max(len(row) for row in rows)
     filled = [[*row, *([blank] * (columns - len(row)))] for row in rows]
     return np.concatenate([np.concatenate(row, axis=1) for row in filled])
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """A picture (H, W, 3) uint8 as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
 
 
 def _cell_side(rows: Sequence[Row]) -> tuple[int, int]:

@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.sampling.api import (
-    ApiError,
-    ImagesRequest,
-    ServedModel,
-    parse_request,
-    render_response,
-)
+from pipelines.sampling.api import Delivery, ImagesRequest, ServedModel, parse_request
 from pipelines.sampling.drawing import ALL_CODES, LARGEST_SEED, SamplingConfig
 from pipelines.sampling.engine import Sample
+from pipelines.sampling.model_card import model_card
+from pipelines.sampling.openai_answers import render_response
+from pipelines.sampling.openai_errors import ApiError
+from pipelines.sampling.picture_source import RankedPicture
 
 
 def check_prompt(prompt: str) -> int:
@@ -39,6 +37,10 @@ MODEL = ServedModel(
 
 
 def parse(body: bytes | dict[str, Any]) -> ImagesRequest:
+    return parse_whole(body)[0]
+
+
+def parse_whole(body: bytes | dict[str, Any]) -> tuple[ImagesRequest, Delivery]:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     return parse_request(data, MODEL, lambda: 77)
 
@@ -118,7 +120,25 @@ def test_null_is_as_good_as_absent_but_for_the_prompt() -> None:
         ("top_k", 3.5),
         ("user", 5),
         ("quality", "hd"),
-        ("stream", True),
+        ("quality", "high"),
+        ("background", "transparent"),
+        ("moderation", "low"),
+        ("output_format", "gif"),
+        ("output_compression", 101),
+        ("output_compression", 50),
+        ("stream", "true"),
+        ("stream", 1),
+        ("partial_images", 1),
+        ("partial_images", 4),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("cond_scale", 2),
+        ("cond_scale", -1),
+        ("cond_scale", 101),
+        ("rerank_pool", 1),
+        ("rerank_pool", -1),
+        ("safety_identifier", "x" * 513),
+        ("style", "vivid"),
         ("\ud800", 1),
         ("Prompt", "dog"),
     ],
@@ -174,8 +194,11 @@ def test_a_body_of_very_many_fields_is_refused_at_once() -> None:
 def test_the_answer_has_the_pictures_their_seeds_and_the_tokens_used() -> None:
     request = parse({"prompt": "red apple", "n": 2, "seed": 5})
     pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
-    samples = [Sample(pixels[i], np.zeros(64, np.int64), seed=5 + i) for i in range(2)]
-    answer = render_response(request, MODEL, samples, created=123)
+    samples = [
+        RankedPicture(Sample(pixels[i], np.zeros(64, np.int64), seed=5 + i), score=None)
+        for i in range(2)
+    ]
+    answer = render_response(request, Delivery(), MODEL, samples, created=123)
     for entry, wanted in zip(answer["data"], pixels, strict=True):
         picture = Image.open(io.BytesIO(base64.b64decode(entry["b64_json"])))
         assert picture.format == "PNG"
@@ -185,3 +208,21 @@ def test_the_answer_has_the_pictures_their_seeds_and_the_tokens_used() -> None:
     assert answer["usage"]["input_tokens"] == 2
     assert answer["usage"]["output_tokens"] == 128
     assert answer["usage"]["total_tokens"] == 130
+
+
+def test_the_card_says_what_the_file_notes_at_a_length_that_a_page_can_bear() -> None:
+    config = {"n_layers": 3, "n_heads": 2, "d_model": 32, "grid": 8, "image_vocab_size": 8192}
+    header = {
+        "config": config | {"text_len": 16},
+        "metadata": {
+            "tokens_digest": "0123456789abcdef" * 4,
+            "training": {"steps": 3000},
+            "corpus": "<b>" * 1000,
+        },
+    }
+    card = model_card(header, "4f3c", "tiny")
+    assert {"Preset": "tiny", "Step": "3000", "Run": "4f3c"}.items() <= card.items()
+    assert card["Training data"] == "sha256 0123456789ab"
+    assert card["Picture"] == "8 × 8 of 8,192 codes"
+    assert len(card["Corpus"]) == 300
+    assert "Run" not in model_card(header, "")
