@@ -21,7 +21,7 @@ from pipelines.training.block_history import BlockRecord
 from pipelines.training.compact_adamw import CompactAdamW
 from pipelines.training.gradient_norms import (
     BlockGradients,
-    clip_,
+    clip_factor,
     parameter_blocks,
     squared_norms,
 )
@@ -37,6 +37,7 @@ from pipelines.training.parallelize import (
     attach_scales,
     build_prior,
     full,
+    local,
     plain_named_parameters,
     resblock_gradients,
 )
@@ -169,9 +170,7 @@ class PriorTrainer:
         ).tolist()
         applied = not overflowed and math.isfinite(norm)
         if applied and self.backward_updates is None:
-            if self.training.optimizer.clip_norm:
-                clip_(list(self.prior.parameters()), norm, self.training.optimizer.clip_norm)
-            self.optimizer.step()
+            self._step(clip_factor(norm, self.training.optimizer.clip_norm))
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._count(applied)
@@ -216,6 +215,15 @@ class PriorTrainer:
             flags = self.scales.unscale_(resblock_gradients(self.prior), all_reduce("max"))
             overflowed[:-1] = flags
         return BlockGradients(overflowed, squared_norms(self.blocks))
+
+    def _step(self, factor: float) -> None:
+        if isinstance(self.optimizer, CompactAdamW):
+            self.optimizer.step(factor=factor)
+            return
+        if factor != 1.0:
+            gradients = [local(p.grad) for p in self.prior.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, factor)
+        self.optimizer.step()
 
     def _masters(self) -> Iterator[tuple[str, Tensor]]:
         return named_masters(self.optimizer, plain_named_parameters(self.prior))
