@@ -102,7 +102,7 @@ def test_norms_by_block_make_up_the_global_norm() -> None:
     trainer = PriorTrainer(MODEL, training(), CPU)
     trainer._backward(Batches().batch(0))
     trainer.scales.unscale_(resblock_gradients(trainer.prior))
-    squares = squared_norms(trainer.blocks)
+    squares = squared_norms(trainer.updates.blocks)
     assert len(squares) == MODEL.n_resblocks + 1
     wanted = torch.nn.utils.get_total_norm([p.grad for p in trainer.prior.parameters()])  # type: ignore[misc]
     torch.testing.assert_close(squares.sum().sqrt(), wanted)
@@ -251,7 +251,7 @@ def test_in_the_backward_pass_no_two_blocks_have_gradients_at_once(
             alive.append(sum(grad.numel() * grad.element_size() for grad in grads))
             super()._update(unit, parameters)
 
-    monkeypatch.setattr("pipelines.training.prior_trainer.BackwardUpdates", Watched)
+    monkeypatch.setattr("pipelines.training.prior_updates.BackwardUpdates", Watched)
     trainer = PriorTrainer(MODEL, training(optimizer=in_backward(), recompute=True), CPU)
     trainer.update(Batches().batch(0))
     *resblocks, outside = parameter_blocks(trainer.prior)
