@@ -11,15 +11,14 @@ from jobs import runtime
 from jobs.configs.evaluate import PRESETS, EvaluateJob
 from jobs.progress import Progress
 from pipelines.data import plan
-from pipelines.data.stage import Manifest
 from pipelines.data.storage import Location, canonical_json, replace_file
 from pipelines.evaluation import protocol
 from pipelines.evaluation.corpus import read_corpus
+from pipelines.evaluation.inputs import JudgedInputs, checked_inputs
 from pipelines.sampling.api import png
-from pipelines.sampling.loading import CheckedFiles, ModelFiles, check_files, load_sampler
+from pipelines.sampling.loading import ModelFiles, load_sampler
 from pipelines.training import tracking
 from pipelines.training.run_directory import run_tags
-from pipelines.training.token_loader import check_digest
 
 STAGE = "evaluate"
 GRID = "grid.png"
@@ -32,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def describe(job: EvaluateJob) -> list[str]:
     """The lines below the config of a dry run."""
-    tokens, _, _ = _check(job)
+    tokens = _check(job).tokens
     count = min(tokens.rows_out, job.evaluation.most_pictures)
     return [
         f"judge {job.prior} on {count:,} of {tokens.rows_out:,} pictures of {job.tokens}",
@@ -42,38 +41,24 @@ def describe(job: EvaluateJob) -> list[str]:
 
 def evaluate(job: EvaluateJob) -> dict[str, Any]:
     """Check that all inputs belong together, judge, write the figures last."""
-    tokens, filtered, checked = _check(job)
-    job.evaluation.sampling.check(checked.prior.image_vocab_size)
-    inputs = {"tokens": tokens.digest, "filtered": filtered.digest} | checked.digests
+    inputs = _check(job)
+    job.evaluation.sampling.check(inputs.models.prior.image_vocab_size)
     with plan.lease(job.output):
-        plan.claim(job.output, stage=STAGE, config=asdict(job.evaluation), inputs=inputs)
+        plan.claim(job.output, stage=STAGE, config=asdict(job.evaluation), inputs=inputs.digests)
         if (job.output / FIGURES).exists():
             runtime.nothing_to_do(job.output / FIGURES)
         else:
-            _evaluate(job, tokens, filtered, checked, inputs)
+            _evaluate(job, inputs)
     figures: dict[str, Any] = json.loads((job.output / FIGURES).read_bytes())
     return figures | {"grid": job.output / GRID}
 
 
-def _check(job: EvaluateJob) -> tuple[Manifest, Manifest, CheckedFiles]:
-    """The inputs, each refused with both digests if it is not the one that the others name."""
-    tokens = Manifest.load(job.tokens, stage="encode_pairs")
-    filtered = Manifest.load(job.filtered, stage="filter_pairs")
+def _check(job: EvaluateJob) -> JudgedInputs:
     files = ModelFiles(tokenizer=job.tokenizer, dvae=job.dvae, prior=job.prior)
-    checked = check_files(files)
-    check_digest(tokens, "filtered", filtered.digest)
-    check_digest(tokens, "tokenizer", checked.digests["tokenizer"])
-    check_digest(tokens, "dvae", checked.digests["dvae"])
-    return tokens, filtered, checked
+    return checked_inputs(job.tokens, job.filtered, files)
 
 
-def _evaluate(
-    job: EvaluateJob,
-    tokens: Manifest,
-    filtered: Manifest,
-    checked: CheckedFiles,
-    inputs: dict[str, str],
-) -> None:
+def _evaluate(job: EvaluateJob, inputs: JudgedInputs) -> None:
     parents: dict[str, Path | Location] = {
         "tokens": job.tokens,
         "prior": job.prior.parent,
@@ -84,17 +69,19 @@ def _evaluate(
             job.tracking,
             stage=STAGE,
             settings=asdict(job.evaluation),
-            tags=run_tags(inputs, parents),
+            tags=run_tags(inputs.digests, parents),
             directory=job.output,
             uri=runtime.tracking_uri(),
         ) as tracker,
-        Progress(STAGE, job.evaluation.work(tokens.rows_out), "pictures") as progress,
+        Progress(STAGE, job.evaluation.work(inputs.tokens.rows_out), "pictures") as progress,
     ):
-        sampler = load_sampler(checked.files, device=job.device, max_candidates=job.batch_samples)
+        sampler = load_sampler(
+            inputs.models.files, device=job.device, max_candidates=job.batch_samples
+        )
         corpus = read_corpus(
-            tokens,
-            filtered,
-            image_size=checked.dvae.image_size,
+            inputs.tokens,
+            inputs.filtered,
+            image_size=inputs.models.dvae.image_size,
             most=job.evaluation.most_pictures,
             split=job.evaluation.split,
         )

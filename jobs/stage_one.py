@@ -6,13 +6,13 @@ from typing import Any
 
 from jobs import runtime, workers
 from jobs.configs.stage_one import TrainStageOneJob
-from jobs.picture_stream import LoadersConfig, stream_pictures
+from jobs.picture_stream import batches_of
 from jobs.progress import FollowMetrics
 from pipelines.data import plan
 from pipelines.data.stage import Manifest
 from pipelines.data.storage import sha256_file
 from pipelines.training import tracking
-from pipelines.training.picture_loader import prefetch
+from pipelines.training.picture_loader import PictureBatch
 from pipelines.training.run_directory import read_result, run_tags
 from pipelines.training.stage_one_stage import StageOneStage, model_file, run_stage_one
 from pipelines.training.weights import build_stage_one, stage_one_kind
@@ -95,11 +95,12 @@ def work(argument: dict[str, Any]) -> None:
     """One worker's part."""
     worker = workers.this_worker()
     stage: StageOneStage = argument["stage"]
-    loaders: LoadersConfig = argument["loaders"]
-    if loaders.per_worker:
-        batches = partial(stream_pictures, stage, worker, loaders)
-    else:
-        batches = partial(prefetch, stage.loader(worker.rank, worker.world_size).batch)
+    batches = batches_of(
+        partial(stage.loader, worker.rank, worker.world_size),
+        PictureBatch.unpack,
+        argument["loaders"],
+        batch_bytes=stage.batch_bytes // worker.world_size,
+    )
     run_stage_one(
         stage,
         batches=batches,

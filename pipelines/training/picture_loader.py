@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +32,18 @@ DECODED_BYTES = 256 << 20
 PREFETCH_BATCHES = 2
 TRIES = 100
 
+Arrays = dict[str, np.ndarray]
+"""A batch as it travels from the process that made it."""
+Batch = TypeVar("Batch")
+
+
+class Picked(NamedTuple):
+    """The square for a place in a run, and which row of which shard it was cut from."""
+
+    square: np.ndarray  # (S, S, 3) uint8
+    shard: int
+    row: int
+
 
 @dataclass(frozen=True)
 class PictureBatch:
@@ -40,6 +53,12 @@ class PictureBatch:
     """(B, 3, S, S) uint8; the memory is channels-last, as the pictures are."""
     unusable: int
     """Pictures that gave no square and were replaced by the next one."""
+
+    @classmethod
+    def unpack(cls, arrays: Arrays) -> "PictureBatch":
+        """The batch in what `PictureLoader.arrays` gave."""
+        pixels = torch.from_numpy(arrays["squares"]).permute(0, 3, 1, 2)
+        return cls(pixels, int(arrays["unusable"]))
 
 
 class PictureLoader:
@@ -79,31 +98,40 @@ class PictureLoader:
     def __len__(self) -> int:
         return sum(self._rows)
 
-    def squares(self, step: int) -> tuple[np.ndarray, int]:
-        """This rank's part of update `step`'s batch: (B, S, S, 3) uint8, and pictures replaced."""
+    def pick(self, step: int) -> tuple[list[Picked], int]:
+        """This rank's part of update `step`'s batch, and how many pictures were replaced in it."""
         before = self._unusable
-        samples = [self._sample(position) for position in self._positions(step)]
-        return np.stack(samples), self._unusable - before
+        picked = [self._pick(position) for position in self._positions(step)]
+        return picked, self._unusable - before
+
+    def arrays(self, step: int) -> Arrays:
+        """`squares` (B, S, S, 3) uint8 and the number of `unusable` pictures."""
+        picked, unusable = self.pick(step)
+        return {
+            "squares": np.stack([one.square for one in picked]),
+            "unusable": np.array(unusable),
+        }
 
     def batch(self, step: int) -> PictureBatch:
         """The same as a training takes it."""
-        squares, unusable = self.squares(step)
-        return PictureBatch(torch.from_numpy(squares).permute(0, 3, 1, 2), unusable)
+        return PictureBatch.unpack(self.arrays(step))
+
+    def column(self, shard: int, name: str) -> list[str]:
+        """A column of a shard that `pick` named, as text."""
+        values: list[str] = self.manifest.read(self._shards[shard], [name])[name].to_pylist()
+        return values
 
     def keys(self, step: int) -> list[str]:
         """The keys of the pairs at the places of `batch`."""
         rows = [self._locate(*divmod(place, len(self))) for place in self._positions(step)]
-        return [
-            self.manifest.read(self._shards[shard], ["key"])["key"][row].as_py()
-            for shard, row in rows
-        ]
+        return [self.column(shard, "key")[row] for shard, row in rows]
 
     def _positions(self, step: int) -> range:
         share = self.batch_samples // self.world_size
         first = step * self.batch_samples + self.rank * share
         return range(first, first + share)
 
-    def _sample(self, position: int) -> np.ndarray:
+    def _pick(self, position: int) -> Picked:
         """The square at a position of the run; an unusable picture gives way to the next one."""
         last = ""
         for candidate in range(position, position + min(TRIES, len(self))):
@@ -111,7 +139,9 @@ class PictureLoader:
             shard, row = self._locate(epoch, place)
             rng = np.random.default_rng([self.seed, position // len(self), shard, row])
             try:
-                return random_crop(self._decode(shard, row), self.image_size, self.crops, rng)[0]
+                picture = self._decode(shard, row)
+                square, _ = random_crop(picture, self.image_size, self.crops, rng)
+                return Picked(square, shard, row)
             except UnusablePicture as error:
                 self._unusable += 1
                 last = f"picture {row} of shard {self._shards[shard]} is {error}"
@@ -164,14 +194,12 @@ class PictureLoader:
 
 
 @contextmanager
-def prefetch(
-    read: Callable[[int], PictureBatch], first: int, last: int
-) -> Iterator[Iterator[PictureBatch]]:
+def prefetch(read: Callable[[int], Batch], first: int, last: int) -> Iterator[Iterator[Batch]]:
     """`read` of the steps first, first + 1, … last - 1, a few ahead in a thread of its own."""
     with ThreadPoolExecutor(1, thread_name_prefix="pictures") as pool:
-        ahead: deque[Future[PictureBatch]] = deque()
+        ahead: deque[Future[Batch]] = deque()
 
-        def batches() -> Iterator[PictureBatch]:
+        def batches() -> Iterator[Batch]:
             for step in range(first, last):
                 if step + PREFETCH_BATCHES < last:
                     ahead.append(pool.submit(read, step + PREFETCH_BATCHES))

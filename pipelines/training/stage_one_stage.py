@@ -38,6 +38,11 @@ class StageOneStage:
     def model_file(self) -> Path:
         return model_file(self.output, self.config)
 
+    @property
+    def batch_bytes(self) -> int:
+        """Of an update's pictures, over all ranks."""
+        return 3 * self.config.image_size**2 * self.training.batch_samples
+
     def loader(self, rank: int, world_size: int) -> PictureLoader:
         """What makes a rank's batches."""
         return PictureLoader(

@@ -1,31 +1,23 @@
 """One update of a stage-one model, and everything that a resumed training must find again."""
 
-import math
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.averaging import IterateAverage
 from models.code_usage import code_counts, codes_used, perplexity
-from models.loss_scale import LossScale
 from models.objective import Loss
 from models.stage_one import StageOneConfig
-from pipelines.training import checkpoint
-from pipelines.training.optimizer import adam_moments
+from pipelines.training.replica import Replica, to_device
 from pipelines.training.stage_one_training import StageOneTraining
 from pipelines.training.weights import build_stage_one
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 COLLAPSED_SHARE = 0.01  # of the codes: fewer in use after the warm-up is a collapse
 
 
 class StageOneTrainer:
-    """Model, optimizer, averages and the count of updates of one rank."""
+    """A rank's replica of the model, its objective and the count of its codes."""
 
     def __init__(
         self,
@@ -43,43 +35,43 @@ class StageOneTrainer:
         # Channels last: 1.4 times as fast on CPU.
         self.model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore
         self.objective = training.objective(self.model)
-        self.parameters = dict(self.model.named_parameters())
-        self.trained = {k: value for k, value in self.parameters.items() if value.requires_grad}
-        self.optimizer = self._build_optimizer()
-        self.average = IterateAverage(self.parameters.items(), training.averaging)
-        self.loss_scale = LossScale(training.precision)
-        self.gradients = self._flat_gradients()
+        self.replica = Replica(
+            self.model,
+            _optimizer(self.model, training),
+            training.averaging,
+            precision=training.precision,
+            clip_norm=training.clip_norm,
+            world_size=world_size,
+        )
         self.counts = torch.zeros(config.vocab_size, dtype=torch.int64, device=device)
         self.usage = torch.zeros_like(self.counts)
         """Uses of each code over all ranks since `take_usage`; `metrics` adds to it."""
-        self.step, self.skipped, self.skipped_in_a_row = 0, 0, 0
+
+    @property
+    def step(self) -> int:
+        """Updates that were made."""
+        return self.replica.step
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """Of them, the last ones that moved no weight."""
+        return self.replica.skipped_in_a_row
 
     def update(self, batch: Tensor, *, report: bool) -> Loss:
         """One update on this rank's pictures (B, 3, S, S) uint8; skipped on all if not finite."""
-        self.gradients.zero_()
         noise = self._noise()
-        with self._autocast():
+        with self.replica.autocast(self.device):
             loss = self.objective.loss(
                 self._pixels(batch), step=self.step, generator=noise, report=report
             )
-        (loss.value * (self.loss_scale.value / self.world_size)).backward()
-        # The last element counts the ranks whose loss is not finite, for one reduction less.
-        self.gradients[-1] = (~torch.isfinite(loss.value.detach())).float()
-        self._sum_over_ranks(self.gradients)
-        norm = (gradients := self.gradients[:-1].div_(self.loss_scale.value)).norm()
-        finite = math.isfinite(float(norm)) and not self.gradients[-1]
+        finite = self.replica.descend(loss.value, self.training.step_sizes.lr(self.step))
         if finite:
-            if self.training.clip_norm:
-                gradients.mul_((self.training.clip_norm / (norm + 1e-6)).clamp(max=1.0))
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.training.step_sizes.lr(self.step)
-            self.optimizer.step()
             self.objective.after_update(
-                generator=noise, sum_over_ranks=self._sum_over_ranks, is_first=self.rank == 0
+                generator=noise,
+                sum_over_ranks=self.replica.sum_over_ranks,
+                is_first=self.rank == 0,
             )
-        self._count(finite)
-        self.step += 1
-        self.average.update(self.parameters.items(), self.step)
+        self.replica.count(finite)
         self.counts += code_counts(loss.tokens, len(self.counts))
         return loss
 
@@ -90,8 +82,8 @@ class StageOneTrainer:
         """
         local = [*loss.terms.values(), *(loss.value.new_tensor(value) for value in sums.values())]
         values = torch.stack([value.detach().double() for value in local])
-        self._sum_over_ranks(values)
-        self._sum_over_ranks(self.counts)
+        self.replica.sum_over_ranks(values)
+        self.replica.sum_over_ranks(self.counts)
         totals = dict(zip([*loss.terms, *sums], values.tolist(), strict=True))
         row = {name: totals[name] / self.world_size for name in loss.terms}
         row |= {name: totals[name] for name in sums}
@@ -103,8 +95,8 @@ class StageOneTrainer:
             "codebook_collapsed": float(
                 share < COLLAPSED_SHARE and self.step > self.objective.warmup_steps
             ),
-            "skipped": self.skipped,
-            "loss_scale": self.loss_scale.value,
+            "skipped": self.replica.skipped,
+            "loss_scale": self.replica.loss_scale.value,
             "lr": self.training.step_sizes.lr(self.step - 1),
         }
         self.usage += self.counts
@@ -120,8 +112,8 @@ class StageOneTrainer:
     def preview(self, batch: Tensor) -> dict[str, np.ndarray]:
         """(B, S, S, 3) uint8 pictures through the averaged weights, by name."""
         model = build_stage_one(self.model.config).to(self.device)
-        model.load_state_dict(self.average.state_dict())
-        with self._autocast():
+        model.load_state_dict(self.replica.average.state_dict())
+        with self.replica.autocast(self.device):
             rows = self.objective.preview(
                 model, self._pixels(batch), step=self.step, generator=self._noise()
             )
@@ -132,81 +124,32 @@ class StageOneTrainer:
 
     def save(self, root: Path, keep: int) -> None:
         """A checkpoint after the current step; every rank must call it."""
-        progress = {
-            "skipped": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "loss_scale": [self.loss_scale.value, self.loss_scale.finite_steps],
-        }
-        checkpoint.save(root, self.step, self._state(), progress, keep)
+        self.replica.save(root, keep, {"objective": self.objective.state()})
 
     def resume(self, root: Path) -> list[str]:
         """Go on from the newest valid checkpoint, if there is one; what is to be said about it."""
-        path, rejected = checkpoint.newest_valid(root)
-        said = [f"checkpoint refused: {reason}" for reason in rejected]
-        if path is None:
-            return said
-        state = self._state()
-        progress = checkpoint.load(path, state)
-        for name, parameter in self.trained.items():
-            self.optimizer.state[parameter].update(state["moments"][name])
-        self.step, self.skipped = progress["step"], progress["skipped"]
-        self.skipped_in_a_row = progress["skipped_in_a_row"]
-        self.loss_scale.value, self.loss_scale.finite_steps = progress["loss_scale"]
-        return [*said, f"resumed after step {self.step} from {path.name}"]
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "model": {name: parameter.detach() for name, parameter in self.parameters.items()},
-            "moments": adam_moments(self.optimizer, self.trained.items()),
-            "average": self.average.state_dict(),
-            "objective": self.objective.state(),
-        }
-
-    def _count(self, finite: bool) -> None:
-        # An overflow of scaled gradients is how fp16 finds its scale, not a fault.
-        is_fault = bool(self.gradients[-1]) or self.loss_scale.value <= 1
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + is_fault
-        self.skipped += not finite
-        self.loss_scale.update(finite)
-
-    def _build_optimizer(self) -> torch.optim.AdamW:
-        weights = [value for name, value in self.trained.items() if name.endswith(".w")]
-        others = [value for name, value in self.trained.items() if not name.endswith(".w")]
-        groups = [
-            {"params": weights, "weight_decay": self.training.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, betas=self.training.betas, eps=1e-8, fused=True)
-
-    def _flat_gradients(self) -> Tensor:
-        """One vector that all gradients are views of, and one element more.
-
-        The buckets of DistributedDataParallel are laid out anew after the first update: a resumed
-        run would sum in another order.
-        """
-        sizes = [parameter.numel() for parameter in self.trained.values()]
-        flat = torch.zeros(sum(sizes) + 1, device=self.device)
-        for parameter, part in zip(self.trained.values(), flat[:-1].split(sizes), strict=True):
-            # Laid out as the parameter is: the fused optimizer walks both in memory order.
-            parameter.grad = part.as_strided(parameter.shape, parameter.stride())
-        return flat
-
-    def _sum_over_ranks(self, values: Tensor) -> None:
-        if self.world_size > 1:
-            dist.all_reduce(values)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        precision = self.training.precision
-        is_used = precision in DTYPES
-        return torch.autocast(self.device.type, DTYPES.get(precision), enabled=is_used)
+        return self.replica.resume(root, {"objective": self.objective.state()})
 
     def _pixels(self, batch: Tensor) -> Tensor:
-        if self.device.type == "cuda":
-            batch = batch.pin_memory().to(self.device, non_blocking=True)
-        return batch.to(self.device).float().div_(255)
+        return to_device(batch, self.device).float().div_(255)
 
     def _noise(self) -> torch.Generator:
         """Noise of the next update on this rank: a function of both, so that resuming keeps it."""
         words = np.random.SeedSequence([self.training.seed, self.step, self.rank])
         seed = int(words.generate_state(1, np.uint64)[0])
         return torch.Generator(self.device).manual_seed(seed)
+
+
+def _optimizer(model: nn.Module, training: StageOneTraining) -> torch.optim.AdamW:
+    trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+    groups = [
+        {
+            "params": [value for name, value in trained if name.endswith(".w")],
+            "weight_decay": training.weight_decay,
+        },
+        {
+            "params": [value for name, value in trained if not name.endswith(".w")],
+            "weight_decay": 0.0,
+        },
+    ]
+    return torch.optim.AdamW(groups, betas=training.betas, eps=1e-8, fused=True)

@@ -50,7 +50,7 @@ def load_stage_one(path: Path) -> tuple[StageOne, dict[str, Any]]:
     header = read_header(path, *STAGE_ONE)
     with torch.device("meta"):
         model = build_stage_one(stage_one_config(header))
-    model.load_state_dict(_read_state(path), strict=True, assign=True)
+    model.load_state_dict(read_state(path), strict=True, assign=True)
     return model.eval(), header["metadata"]
 
 
@@ -79,7 +79,7 @@ def load_prior(path: Path) -> tuple[Prior, dict[str, Any]]:
     header = read_header(path, "prior")
     with torch.device("meta"):
         model = Prior(PriorConfig(**header["config"]))
-    model.load_state_dict(_read_state(path), strict=True, assign=True)
+    model.load_state_dict(read_state(path), strict=True, assign=True)
     return model.eval(), header["metadata"]
 
 
@@ -104,6 +104,7 @@ def read_header(path: Path, *kinds: str) -> dict[str, Any]:
     return header
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The weights in a safetensors file by name."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)

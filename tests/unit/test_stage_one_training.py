@@ -18,7 +18,8 @@ from models.stage_one import StageOneConfig
 from models.vqvae import VQVAEConfig
 from models.vqvae_objective import QuantizerConfig, VQVAESchedule
 from pipelines.training.picture_loader import PictureBatch
-from pipelines.training.stage_one_loop import SKIPS_IN_A_ROW, train_stage_one
+from pipelines.training.spoilers import SKIPS_IN_A_ROW
+from pipelines.training.stage_one_loop import train_stage_one
 from pipelines.training.stage_one_trainer import StageOneTrainer
 from pipelines.training.stage_one_training import (
     DVAETraining,
@@ -224,16 +225,18 @@ def test_the_log_and_the_pictures_are_told(kind: str, tmp_path: Path) -> None:
 def test_a_batch_that_is_not_finite_changes_no_weight(kind: str) -> None:
     trainer = trainer_of(kind)
     trainer.update(noise(0), report=False)
-    before = {name: value.detach().clone() for name, value in trainer.parameters.items()}
+    before = {name: value.detach().clone() for name, value in trainer.replica.parameters.items()}
     good = trainer._pixels
     trainer._pixels = lambda batch: good(batch) * float("nan")
     trainer.update(noise(1), report=False)
-    assert same(before, {name: value.detach() for name, value in trainer.parameters.items()})
-    assert (trainer.skipped, trainer.skipped_in_a_row, trainer.step) == (1, 1, 2)
+    assert same(
+        before, {name: value.detach() for name, value in trainer.replica.parameters.items()}
+    )
+    assert (trainer.replica.skipped, trainer.skipped_in_a_row, trainer.step) == (1, 1, 2)
     trainer._pixels = good
     trainer.update(noise(2), report=False)
     assert trainer.skipped_in_a_row == 0
-    assert not same(before, dict(trainer.parameters))
+    assert not same(before, dict(trainer.replica.parameters))
 
 
 def test_ten_such_batches_in_a_row_stop_the_run_by_name(tmp_path: Path) -> None:
@@ -263,7 +266,7 @@ def test_a_codebook_that_is_hardly_used_is_called_collapsed() -> None:
     trainer = trainer_of()
     loss = trainer.update(noise(0), report=True)
     for step, collapsed in ((3, 0.0), (4, 1.0)):  # the warm-up of beta has three updates
-        trainer.step = step
+        trainer.replica.step = step
         trainer.counts = torch.zeros(1000, dtype=torch.int64)
         trainer.usage = torch.zeros_like(trainer.counts)
         trainer.counts[:9] = 50  # of 1,000 codes: less than one in a hundred

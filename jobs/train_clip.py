@@ -1,0 +1,147 @@
+"""Train the contrastive model that reranks, on filtered pairs: Ray Train, data parallel."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jobs import runtime, workers
+from jobs.configs.train_clip import PRESETS, TrainClipJob
+from jobs.picture_stream import batches_of
+from jobs.progress import FollowMetrics
+from models.clip import count_parameters
+from pipelines.data import plan
+from pipelines.data.stage import Manifest
+from pipelines.data.storage import Location, sha256_file
+from pipelines.data.tokenizer import CaptionTokenizer
+from pipelines.training import tracking
+from pipelines.training.clip_files import CLIP_FILE
+from pipelines.training.clip_stage import ClipStage, run_clip
+from pipelines.training.pair_loader import PairBatch
+from pipelines.training.run_directory import read_result, run_tags
+from pipelines.training.weights import STAGE_ONE, read_header, stage_one_config
+
+STAGE = "train_clip"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return runtime.run_job(STAGE, PRESETS, train, argv, describe)
+
+
+def describe(job: TrainClipJob) -> list[str]:
+    """What a dry run says."""
+    parameters = count_parameters(job.clip)
+    pairs = job.training.steps * job.training.batch_samples
+    share = job.training.batch_samples // job.workers.num_workers
+    return [
+        f"{parameters:,} parameters; {job.clip.image_size} px in {job.clip.patches} patches, "
+        f"captions of {job.clip.text_len} slots",
+        # fp32: weights, gradients, two moments, average.
+        f"{20 * parameters / 1e9:,.2f} GB of state on each of {job.workers.num_workers} workers",
+        f"{pairs:,} pairs in {job.training.steps:,} updates, {share:,} of each on a worker",
+        f"{job.loaders.per_worker * job.workers.num_workers} processes that make the batches",
+    ]
+
+
+def train(job: TrainClipJob) -> dict[str, Any]:
+    """Check the inputs, claim the output, train on the workers."""
+    manifest = Manifest.load(job.filtered, stage="filter_pairs")
+    tokenizer = CaptionTokenizer.from_file(job.tokenizer)
+    if tokenizer.vocab_size > job.clip.vocab_size:
+        raise ValueError(
+            f"clip.vocab_size must be at least the tokenizer's {tokenizer.vocab_size}, "
+            f"got {job.clip.vocab_size}"
+        )
+    inputs = {"filtered": manifest.digest, "tokenizer": tokenizer.digest} | _dvae(job)
+    model_file = job.output / CLIP_FILE
+    settings = {"clip": asdict(job.clip), "training": asdict(job.training)}
+    with plan.lease(job.output):
+        plan.claim(job.output, stage=STAGE, config=settings, inputs=inputs)
+        if model_file.exists():
+            runtime.nothing_to_do(model_file)
+        else:
+            _train(job, settings, inputs)
+    return {"model": str(model_file), "sha256": sha256_file(model_file)} | read_result(job.output)
+
+
+def _dvae(job: TrainClipJob) -> dict[str, str]:
+    """The digest of the model that redraws pictures, if one does."""
+    if not job.training.redrawn:
+        return {}
+    side = stage_one_config(read_header(job.dvae, *STAGE_ONE)).image_size
+    if side != job.clip.image_size:
+        raise ValueError(
+            f"clip.image_size must be {side}, that of {job.dvae}, which redraws pictures, got "
+            f"{job.clip.image_size}: or give --training.redrawn 0"
+        )
+    return {"dvae": sha256_file(job.dvae)}
+
+
+def _train(job: TrainClipJob, settings: dict[str, Any], inputs: dict[str, str]) -> None:
+    parents: dict[str, Path | Location] = {
+        "filtered": job.filtered,
+        "tokenizer": job.tokenizer.parent,
+    }
+    if job.training.redrawn:
+        parents["dvae"] = job.dvae.parent
+    uri = runtime.tracking_uri()
+    with (
+        runtime.ray_session(),
+        tracking.open_run(
+            job.tracking,
+            stage=STAGE,
+            settings=settings,
+            tags=run_tags(inputs, parents),
+            directory=job.output,
+            uri=uri,
+        ) as tracker,
+        FollowMetrics(
+            job.output / tracking.METRICS_FILE,
+            STAGE,
+            job.training.steps,
+            ("loss", "batch_accuracy", "images_per_second"),
+        ),
+    ):
+        # The workers' own directory is elsewhere.
+        stage = ClipStage(
+            output=job.output.resolve(),
+            filtered=job.filtered.resolve(),
+            tokenizer=job.tokenizer.resolve(),
+            dvae=job.dvae.resolve(),
+            config=job.clip,
+            training=job.training,
+            cadence=job.cadence,
+            tracking_uri=uri,
+            run_id=tracker.run_id,
+        )
+        workers.train_on_workers(
+            _work,
+            {"stage": stage, "loaders": job.loaders},
+            job.workers,
+            job.output,
+            loaders_per_worker=job.loaders.per_worker,
+        )
+
+
+def _work(argument: dict[str, Any]) -> None:
+    worker = workers.this_worker()
+    stage: ClipStage = argument["stage"]
+    batches = batches_of(
+        partial(stage.loader, worker.rank, worker.world_size),
+        PairBatch.unpack,
+        argument["loaders"],
+        batch_bytes=stage.batch_bytes // worker.world_size,
+    )
+    run_clip(
+        stage,
+        batches=batches,
+        device=worker.device,
+        rank=worker.rank,
+        world_size=worker.world_size,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

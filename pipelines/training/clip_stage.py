@@ -1,0 +1,165 @@
+"""Training the contrastive model, filtered pairs to model file: a rank's part, and rank 0's."""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.clip import Clip, ClipConfig
+from pipelines.data.caption_slots import OwnSlots
+from pipelines.data.split import TRAIN, VALIDATION, Side, rows_of
+from pipelines.data.stage import Manifest
+from pipelines.data.storage import Location, sha256_file
+from pipelines.data.tokenizer import CaptionTokenizer
+from pipelines.evaluation.pair_retrieval import retrieval_at_1
+from pipelines.sampling.reranking import Reranker
+from pipelines.training.clip_files import CLIP_FILE
+from pipelines.training.clip_loop import Batches, train_clip
+from pipelines.training.clip_training import ClipCadence, ClipTraining
+from pipelines.training.pair_loader import PairLoader
+from pipelines.training.picture_loader import PictureLoader
+from pipelines.training.run_directory import write_result
+from pipelines.training.tracking import Tracker
+from pipelines.training.weights import load_stage_one, save_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipStage:
+    """All that a worker needs to know; travels to it."""
+
+    output: Path
+    filtered: Path | Location
+    tokenizer: Path
+    dvae: Path
+    """Read if `training.redrawn` is not 0."""
+    config: ClipConfig
+    training: ClipTraining
+    cadence: ClipCadence
+    tracking_uri: str
+    run_id: str | None
+
+    @property
+    def batch_bytes(self) -> int:
+        """Of an update's pairs, over all ranks."""
+        pair = 3 * self.config.image_size**2 + 8 * (self.config.text_len + 1)
+        return pair * self.training.batch_samples
+
+    def loader(self, rank: int, world_size: int) -> PairLoader:
+        """What makes a rank's batches."""
+        pictures = PictureLoader(
+            Manifest.load(self.filtered, stage="filter_pairs"),
+            self.training.crops,
+            image_size=self.config.image_size,
+            batch_samples=self.training.batch_samples,
+            seed=self.training.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+        captions = OwnSlots(CaptionTokenizer.from_file(self.tokenizer))
+        return PairLoader(pictures, captions, self.config.text_len)
+
+
+def run_clip(
+    stage: ClipStage,
+    *,
+    batches: Batches,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+) -> None:
+    """Train on this rank; rank 0 writes metrics, retrieval, `result.json` and the model file."""
+    desk = _Desk(stage, device) if rank == 0 else None
+    weights = train_clip(
+        stage.config,
+        stage.training,
+        cadence=stage.cadence,
+        batches=batches,
+        keys=stage.loader(rank, world_size).keys,
+        device=device,
+        rank=rank,
+        world_size=world_size,
+        stage_one=load_stage_one(stage.dvae)[0] if stage.training.redrawn else None,
+        checkpoints=stage.output / "checkpoints",
+        on_log=desk.log if desk else _ignore,
+        on_resume=desk.resume if desk else _ignore,
+        on_weights=desk.judge if desk else _ignore,
+    )
+    if desk:
+        desk.keep(weights)
+
+
+class _Desk:
+    """What rank 0 does with what the loop hands out."""
+
+    def __init__(self, stage: ClipStage, device: torch.device) -> None:
+        self.stage, self.device = stage, device
+        self.manifest = Manifest.load(stage.filtered, stage="filter_pairs")
+        self.tokenizer = CaptionTokenizer.from_file(stage.tokenizer)
+        self.tracker = Tracker(stage.output, stage.tracking_uri, stage.run_id)
+        self.split, self.rows = _judged(self.manifest)
+        self.metrics: dict[str, float] = {}
+        self.retrieval: dict[str, float] = {}
+        self.started = time.monotonic()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.metrics = metrics
+        self.tracker.log_metrics(metrics, step)
+
+    def resume(self, step: int, said: list[str]) -> None:
+        self.tracker.rewind(step)
+        for line in said:
+            self.tracker.notice(line, step)
+        if self.split == TRAIN:
+            self.tracker.notice(
+                f"{self.stage.filtered} holds less than two validation pairs: retrieval is "
+                "measured on pairs that are learned (filter_pairs --validation-fraction)",
+                step,
+            )
+
+    def judge(self, step: int, weights: dict[str, Tensor]) -> None:
+        """Retrieval on the validation split, or on what is learned if there is no such split."""
+        with torch.device("meta"):
+            model = Clip(self.stage.config)
+        # Copied: the average moves on, and the model is in use on this rank alone.
+        model.load_state_dict({k: v.clone() for k, v in weights.items()}, assign=True)
+        reranker = Reranker(model.to(self.device), OwnSlots(self.tokenizer))
+        pairs = min(self.rows, self.stage.cadence.validation_pairs)
+        self.retrieval = retrieval_at_1(reranker, self.manifest, split=self.split, pairs=pairs)
+        self.tracker.log_metrics(self.retrieval, step)
+
+    def keep(self, weights: dict[str, Tensor]) -> None:
+        stage = self.stage
+        if not self.retrieval:  # resumed after the last update
+            self.judge(stage.training.steps, weights)
+        result = {
+            "steps": stage.training.steps,
+            "training_seconds": round(time.monotonic() - self.started, 1),
+            **{name: round(v, 5) for name, v in (self.metrics | self.retrieval).items()},
+        }
+        write_result(stage.output, result)
+        save_model(
+            stage.output / CLIP_FILE,
+            kind="clip",
+            config=stage.config,
+            state=weights,
+            metadata={
+                "filtered_digest": self.manifest.digest,
+                "tokenizer_sha256": self.tokenizer.digest,
+                "training": asdict(stage.training),
+                **({"dvae_sha256": sha256_file(stage.dvae)} if stage.training.redrawn else {}),
+            },
+        )
+
+
+def _judged(manifest: Manifest) -> tuple[Side, int]:
+    """The split whose retrieval is measured, and its rows."""
+    held_out = sum(map(len, rows_of(manifest, VALIDATION)))
+    if held_out >= 2:
+        return VALIDATION, held_out
+    return TRAIN, sum(map(len, rows_of(manifest, TRAIN)))
+
+
+def _ignore(step: int, what: object) -> None:
+    """Ranks other than the first keep nothing."""

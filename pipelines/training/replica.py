@@ -1,0 +1,139 @@
+"""A model of which every rank has the whole: one update of it, and what a resumed run must find.
+
+Gradients are summed over the ranks in one vector; an update that is not finite anywhere is skipped
+everywhere.
+"""
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models.averaging import AveragingConfig, IterateAverage
+from models.loss_scale import LossScale
+from pipelines.training import checkpoint
+from pipelines.training.optimizer import adam_moments
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Replica:
+    """A rank's copy of a model, its optimizer, average and the count of updates."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.AdamW,
+        averaging: AveragingConfig,
+        *,
+        precision: str,
+        clip_norm: float,
+        world_size: int,
+    ) -> None:
+        """`optimizer` has the model's parameters with a gradient; a `clip_norm` of 0 clips none."""
+        self.optimizer, self.clip_norm, self.world_size = optimizer, clip_norm, world_size
+        self.precision = precision
+        self.parameters = dict(model.named_parameters())
+        self.trained = {k: value for k, value in self.parameters.items() if value.requires_grad}
+        self.average = IterateAverage(self.parameters.items(), averaging)
+        self.loss_scale = LossScale(precision)
+        self.gradients = self._flat_gradients()
+        self.step, self.skipped, self.skipped_in_a_row = 0, 0, 0
+
+    def descend(self, loss: Tensor, lr: float) -> bool:
+        """Move the weights against the gradient of the ranks' mean loss, unless it is not finite.
+
+        Gives whether they moved; `count` must follow, after whatever else moves with an update.
+        """
+        self.gradients.zero_()
+        (loss * (self.loss_scale.value / self.world_size)).backward()
+        # The last element counts the ranks whose loss is not finite, for one reduction less.
+        self.gradients[-1] = (~torch.isfinite(loss.detach())).float()
+        self.sum_over_ranks(self.gradients)
+        norm = (gradients := self.gradients[:-1].div_(self.loss_scale.value)).norm()
+        finite = math.isfinite(float(norm)) and not self.gradients[-1]
+        if finite:
+            if self.clip_norm:
+                gradients.mul_((self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        return finite
+
+    def count(self, finite: bool) -> None:
+        """Close an update that did, or did not, move the weights."""
+        # An overflow of scaled gradients is how fp16 finds its scale, not a fault.
+        is_fault = bool(self.gradients[-1]) or self.loss_scale.value <= 1
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + is_fault
+        self.skipped += not finite
+        self.loss_scale.update(finite)
+        self.step += 1
+        self.average.update(self.parameters.items(), self.step)
+
+    def save(self, root: Path, keep: int, more: Mapping[str, Any]) -> None:
+        """A checkpoint after the current step, with tensors of the caller; called by every rank."""
+        progress = {
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "loss_scale": [self.loss_scale.value, self.loss_scale.finite_steps],
+        }
+        checkpoint.save(root, self.step, self._state(more), progress, keep)
+
+    def resume(self, root: Path, more: Mapping[str, Any]) -> list[str]:
+        """Go on from the newest valid checkpoint, if there is one; what is to be said about it."""
+        path, rejected = checkpoint.newest_valid(root)
+        said = [f"checkpoint refused: {reason}" for reason in rejected]
+        if path is None:
+            return said
+        state = self._state(more)
+        progress = checkpoint.load(path, state)
+        for name, parameter in self.trained.items():
+            self.optimizer.state[parameter].update(state["moments"][name])
+        self.step, self.skipped = progress["step"], progress["skipped"]
+        self.skipped_in_a_row = progress["skipped_in_a_row"]
+        self.loss_scale.value, self.loss_scale.finite_steps = progress["loss_scale"]
+        return [*said, f"resumed after step {self.step} from {path.name}"]
+
+    def sum_over_ranks(self, values: Tensor) -> None:
+        """Replace a tensor, in place, by its sum over all ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """The precision that the forward pass is computed in."""
+        is_used = self.precision in DTYPES
+        return torch.autocast(device.type, DTYPES.get(self.precision), enabled=is_used)
+
+    def _state(self, more: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "model": {name: parameter.detach() for name, parameter in self.parameters.items()},
+            "moments": adam_moments(self.optimizer, self.trained.items()),
+            "average": self.average.state_dict(),
+            **more,
+        }
+
+    def _flat_gradients(self) -> Tensor:
+        """One vector that all gradients are views of, and one element more.
+
+        The buckets of DistributedDataParallel are laid out anew after the first update: a resumed
+        run would sum in another order.
+        """
+        sizes = [parameter.numel() for parameter in self.trained.values()]
+        device = next(iter(self.trained.values())).device
+        flat = torch.zeros(sum(sizes) + 1, device=device)
+        for parameter, part in zip(self.trained.values(), flat[:-1].split(sizes), strict=True):
+            # Laid out as the parameter is: the fused optimizer walks both in memory order.
+            parameter.grad = part.as_strided(parameter.shape, parameter.stride())
+        return flat
+
+
+def to_device(batch: Tensor, device: torch.device) -> Tensor:
+    """A batch from the loader, copied while the GPU goes on."""
+    if device.type == "cuda":
+        return batch.pin_memory().to(device, non_blocking=True)
+    return batch.to(device)
