@@ -120,7 +120,7 @@ class MaskedAttention:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention under the mask of a layer's kind."""
+    """The two linear layers around multi-head attention."""
 
     def __init__(self, d_model: int, n_heads: int) -> None:
         super().__init__()
@@ -128,17 +128,15 @@ class SelfAttention(nn.Module):
         self.c_attn = Linear(d_model, 3 * d_model)
         self.c_proj = Linear(d_model, d_model)
 
-    def forward(self, x: Tensor, kind: LayerKind, attend: MaskedAttention) -> Tensor:
-        return self.merge(attend(kind, self._project(x)))  # (B, T, C) -> (B, T, C)
+    def stack(self, x: Tensor) -> Tensor:  # (B, T, C) -> (3, B, H, T, D)
+        """Queries, keys and values."""
+        qkv: Tensor = self.c_attn(x).unflatten(-1, (3, self.n_heads, -1))
+        return qkv.permute(2, 0, 3, 1, 4)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, C) -> 3 × (B, H, T, D)
-        q, k, v = self._project(x)
+        q, k, v = self.stack(x)
         return q, k, v
 
     def merge(self, y: Tensor) -> Tensor:  # (B, H, T, D) -> (B, T, C)
         out: Tensor = self.c_proj(y.transpose(1, 2).flatten(-2))
         return out
-
-    def _project(self, x: Tensor) -> Tensor:  # (B, T, C) -> (3, B, H, T, D)
-        qkv: Tensor = self.c_attn(x).unflatten(-1, (3, self.n_heads, -1))
-        return qkv.permute(2, 0, 3, 1, 4)

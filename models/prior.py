@@ -11,13 +11,14 @@ Letters: B batch, T stream length, C model width.
 """
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.attention import LayerKind, MaskedAttention, SelfAttention, layer_kinds
 from models.head_loss import mean_cross_entropy
@@ -97,12 +98,14 @@ class Resblock(nn.Module):
     """x + branch(LayerNorm(x)), the stream in fp32 and the branch in the autocast precision.
 
     `gradient_scale` is None (off) or this block's scale, a 0-d view of `ResblockScales.values`.
+    `recomputes` keeps only what large products made: see `kept`.
     """
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
         self.ln = nn.LayerNorm(d_model)
         self.gradient_scale: Tensor | None = None
+        self.recomputes = False
 
     def enter(self, x: Tensor) -> Tensor:
         scale = self.gradient_scale
@@ -112,6 +115,18 @@ class Resblock(nn.Module):
     def leave(self, x: Tensor, branch: Tensor) -> Tensor:
         scale = self.gradient_scale
         return x + (branch.float() if scale is None else ScaleGradient.apply(branch, scale))
+
+    def kept(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """function(x); with `recomputes`, only x outlives it, and the rest is made again backwards.
+
+        A product at the function's end is not made again: autograd asks for its factors, and has
+        them before it would start. The oneDNN path of fp32 on a CPU does make it again.
+        """
+        if not self.recomputes:
+            return function(x)
+        # There is no dropout, so no generator's state to bring back.
+        y: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+        return y
 
 
 class AttentionResblock(Resblock):
@@ -123,7 +138,9 @@ class AttentionResblock(Resblock):
         self.attn = SelfAttention(config.d_model, config.n_heads)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C)
-        return self.leave(x, self.attn(self.enter(x), self.kind, self.attend))
+        qkv = self.kept(lambda stream: self.attn.stack(self.enter(stream)), x)
+        branch = self.kept(lambda qkv: self.attn.merge(self.attend(self.kind, qkv)), qkv)
+        return self.leave(x, branch)
 
 
 class MLPResblock(Resblock):
@@ -135,7 +152,8 @@ class MLPResblock(Resblock):
         self.c_proj: nn.Linear = Linear(4 * config.d_model, config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C)
-        return self.leave(x, self.c_proj(gelu(self.c_fc(self.enter(x)))))
+        h = self.kept(lambda stream: self.c_fc(self.enter(stream)), x)  # (B, T, 4C)
+        return self.leave(x, self.kept(lambda h: self.c_proj(gelu(h)), h))
 
 
 def count_parameters(config: PriorConfig) -> int:

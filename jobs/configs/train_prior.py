@@ -11,6 +11,7 @@ from pipelines.data.storage import Location
 from pipelines.training.optimizer import PriorOptimizerConfig
 from pipelines.training.prior_loop import Cadence
 from pipelines.training.prior_trainer import PriorTraining
+from pipelines.training.sharding import ShardingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +64,8 @@ TINY = TrainPriorJob(
         ),
         averaging=AveragingConfig(decay=0.8, every=5),
         bpe_dropout=0.0,  # 256 captions, learned by heart
-        recompute=False,
-        keep_gathered=True,
+        recompute="none",
+        sharding=ShardingConfig(keep_gathered=True),
     ),
     cadence=Cadence(log_every=10, checkpoint_every=60, sample_every=180),
     workers=WorkersConfig(num_workers=2),

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from models.schedules import PlateauConfig, PlateauHalving, cosine, linear_warmup
 from pipelines.training.adamw_rule import Moments, Rule
@@ -58,21 +59,24 @@ class PriorOptimizerConfig:
 def build_optimizer(model: nn.Module, config: PriorOptimizerConfig) -> torch.optim.Optimizer:
     """AdamW over a model's (sharded) parameters; torch's own if all of its state is fp32.
 
-    In groups: decayed matrices of the resblocks, other decayed ones, and what is not decayed.
+    In groups: decayed matrices of the resblocks, other decayed ones, and what is not decayed,
+    sharded or whole on every rank: torch's own takes no group of both.
     """
     compact: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
+    whole: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_linear = parameter.ndim == 2 and name.endswith("weight") and "embedding" not in name
         if is_linear:
             (compact if name.startswith("resblocks.") else decayed).append(parameter)
         else:
-            others.append(parameter)
+            (others if isinstance(parameter, DTensor) else whole).append(parameter)
     groups = [
         {"params": compact, "weight_decay": config.weight_decay, "compact": True},
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
+        {"params": whole, "weight_decay": 0.0},
     ]
     if config.moments == "fp32" and config.master == "fp32" and config.step == "after":
         # Fused: one pass over the memory, which bounds AdamW (7 times faster than foreach on a

@@ -1,19 +1,26 @@
 """Building a prior over many processes: meta → recompute → shard → materialise → initialise."""
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from models.prior import Prior, PriorConfig, initial_values
+from models.prior import Prior, PriorConfig, Resblock, initial_values
 from models.resblock_scaling import ResblockScales
+from pipelines.training.power_sgd import PowerSGD
+from pipelines.training.sharding import BETWEEN, ShardingConfig, shard_prior
 
 WRAPPER = "_checkpoint_wrapped_module."
+ALONE = ShardingConfig()
+
+Recompute = Literal["none", "selective", "full"]
+"""What of a resblock's activations is made again in the backward pass: nothing; all but what its
+large products made (LayerNorm, attention, GELU); all but its input (the paper)."""
 
 
 def build_prior(
@@ -21,31 +28,42 @@ def build_prior(
     *,
     device: torch.device,
     seed: int,
-    recompute: bool,
-    keep_gathered: bool = False,
-) -> Prior:
+    recompute: Recompute,
+    sharding: ShardingConfig = ALONE,
+    branch_dtype: torch.dtype | None = None,
+) -> tuple[Prior, PowerSGD | None]:
     """A prior with its initial weights, sharded over the ranks if there are several.
 
-    The weights are a function of the seed alone, whatever the number of ranks. Sharding is FSDP2, a
-    unit a resblock: the unit of the gradient scales, so that a block's check is local to a rank's
-    shards.
+    With it what compresses its gradients between groups of ranks, if something does. The weights
+    are a function of the seed alone, whatever the number of ranks. None of them is ever whole on a
+    rank but one at a time, while its shard is cut out. `branch_dtype` is the 16-bit precision of
+    the branches, None for fp32.
     """
     with torch.device("meta"):
         prior = Prior(config)
-    if recompute:
-        for index, resblock in enumerate(prior.resblocks):
+    for index, resblock in enumerate(prior.resblocks):
+        assert isinstance(resblock, Resblock)
+        resblock.recomputes = recompute == "selective"
+        if recompute == "full":
             prior.resblocks[index] = checkpoint_wrapper(resblock)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        for resblock in prior.resblocks:
-            fully_shard(resblock, mesh=mesh, reshard_after_forward=not keep_gathered)
-        fully_shard(prior, mesh=mesh, reshard_after_forward=not keep_gathered)
+    mesh = shard_prior(prior, sharding, device=device, branch_dtype=branch_dtype)
     prior.to_empty(device=device)
     names = dict(plain_named_parameters(prior))
     with torch.no_grad():
         for name, value in initial_values(names, config, seed):
             _assign(names[name], value)
-    return prior
+    if mesh is None or not sharding.power_sgd.enabled:
+        return prior, None
+    return prior, PowerSGD(_units(prior), sharding.power_sgd, mesh.get_group(BETWEEN), seed)
+
+
+def _units(prior: Prior) -> Iterator[tuple[FSDPModule, dict[str, nn.Parameter]]]:
+    """FSDP's units, each with its own parameters in its order."""
+    names = {parameter: name for name, parameter in plain_named_parameters(prior)}
+    for module in reversed(list(prior.modules())):  # a unit within another before it
+        if isinstance(module, FSDPModule):
+            own = [p for p in module.parameters() if p in names and isinstance(p, DTensor)]
+            yield module, {names.pop(p): p for p in own}
 
 
 def attach_scales(prior: Prior, scales: ResblockScales) -> None:

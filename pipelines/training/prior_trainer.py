@@ -23,8 +23,14 @@ from pipelines.training.optimizer import (
     build_optimizer,
     named_masters,
 )
-from pipelines.training.parallelize import build_prior, full, plain_named_parameters
+from pipelines.training.parallelize import (
+    Recompute,
+    build_prior,
+    full,
+    plain_named_parameters,
+)
 from pipelines.training.prior_updates import PriorUpdates
+from pipelines.training.sharding import ShardingConfig, reduce_vectors
 from pipelines.training.token_loader import TokenBatch
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -54,11 +60,10 @@ class PriorTraining:
     caption_dropout: float = 0.0
     """Share of samples whose caption is left empty, for sampling with a cond_scale; not the
     paper's."""
-    recompute: bool = True
-    """Recompute every resblock's activations in the backward pass."""
-    keep_gathered: bool = False
-    """Keep a resblock's gathered weights from the forward to the backward pass: a third fewer
-    messages, for all of the weights in every worker's memory. The paper drops them at once."""
+    recompute: Recompute = "full"
+    """Activations made again in the backward pass: "none"; "selective": LayerNorm, attention and
+    GELU, but no large product; "full": all but every resblock's input, as in the paper."""
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -110,12 +115,13 @@ class PriorTrainer:
     def __init__(self, model: PriorConfig, training: PriorTraining, device: torch.device) -> None:
         training.check_workers(dist.get_world_size() if dist.is_initialized() else 1)
         self.training, self.device = training, device
-        self.prior = build_prior(
+        self.prior, self.power_sgd = build_prior(
             model,
             device=device,
             seed=training.seed,
             recompute=training.recompute,
-            keep_gathered=training.keep_gathered,
+            sharding=training.sharding,
+            branch_dtype=DTYPES.get(training.precision),
         )
         self.optimizer = build_optimizer(self.prior, training.optimizer)
         self.step_size = StepSize(training.optimizer, training.steps)
@@ -172,6 +178,8 @@ class PriorTrainer:
                 loss = self.prior(micro.text_tokens, micro.image_tokens)
             (loss.total / parts).backward()
             losses += torch.stack([value.detach() for value in loss]) / parts
+        if isinstance(self.prior, FSDPModule):
+            reduce_vectors(self.prior)
         return losses
 
     def _masters(self) -> Iterator[tuple[str, Tensor]]:
@@ -233,6 +241,7 @@ class PriorTrainer:
             "moments": adam_moments(self.optimizer, plain_named_parameters(self.prior)),
             "average": self.average.state_dict(),
             "scales": self.scales.state_dict(),
+            "power_sgd": self.power_sgd.state_dict() if self.power_sgd else {},
         }
 
     def _load(self, state: dict[str, Any]) -> None:

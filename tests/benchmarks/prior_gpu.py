@@ -30,6 +30,7 @@ from models.prior import START_ID, PriorConfig
 from pipelines.data.stage import Manifest
 from pipelines.data.tokenizer import CaptionTokenizer
 from pipelines.training.optimizer import PriorOptimizerConfig
+from pipelines.training.parallelize import Recompute
 from pipelines.training.prior_trainer import Precision, PriorTrainer, PriorTraining
 from pipelines.training.scale_picture import scale_picture
 from pipelines.training.token_loader import TokenBatch, TokenLoader
@@ -53,7 +54,7 @@ class Bench:
     larger: PriorConfig = field(default_factory=PriorConfig)
     larger_updates: int = 20
     larger_batch: int = 6
-    recompute: bool = False
+    recompute: Recompute = "selective"
     """Of the 12B; the smaller model keeps its activations."""
     tokens: Path = Path()
     tokenizer: Path = Path()
@@ -87,7 +88,7 @@ def smaller_training(bench: Bench, precision: Precision) -> PriorTraining:
         steps=bench.smaller_updates,
         batch_samples=bench.smaller_batch,
         precision=precision,
-        recompute=False,
+        recompute="none",
         optimizer=PriorOptimizerConfig(warmup_steps=warmup, decay="cosine", moments="fp32"),
     )
 

@@ -21,7 +21,7 @@ def rows(effort: Effort) -> list[Row]:
     plain = PriorTraining(
         steps=1_000_000,
         batch_samples=1,
-        recompute=False,
+        recompute="none",
         resblock_scaling="never",
         optimizer=PriorOptimizerConfig(moments="fp32"),
     )

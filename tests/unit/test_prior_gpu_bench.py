@@ -16,7 +16,7 @@ def test_the_gpu_script_trains_records_and_draws(tmp_path: Path) -> None:
         larger=MODEL,
         larger_updates=3,
         larger_batch=2,
-        recompute=True,
+        recompute="selective",
         pictures=tmp_path,
         device="cpu",
     )

@@ -43,7 +43,7 @@ def training(**overrides: Any) -> PriorTraining:
             peak_lr=1e-2, warmup_steps=2, decay="cosine", moments="fp32"
         ),
         "averaging": AveragingConfig(decay=0.5, every=2),
-        "recompute": False,
+        "recompute": "none",
     }
     return PriorTraining(**(values | overrides))
 
@@ -132,9 +132,10 @@ def test_micro_batches_change_nothing_but_rounding(tmp_path: Path) -> None:
     assert parts["log"][STEPS]["loss"] == pytest.approx(whole["log"][STEPS]["loss"], rel=1e-3)
 
 
-def test_recomputation_changes_no_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_changes_no_bit(tmp_path: Path, recompute: str) -> None:
     kept = run(tmp_path / "kept")
-    recomputed = run(tmp_path / "recomputed", how=training(recompute=True))
+    recomputed = run(tmp_path / "recomputed", how=training(recompute=recompute))
     assert same(kept["weights"], recomputed["weights"])
 
 

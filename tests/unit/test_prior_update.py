@@ -191,7 +191,7 @@ STATES = {
         averaging=AveragingConfig(decay=0.5, every=2, keep_on="host"),
     ),
     "in_backward": training(
-        optimizer=in_backward(master="split"), precision="bf16", recompute=True
+        optimizer=in_backward(master="split"), precision="bf16", recompute="full"
     ),
 }
 
@@ -212,9 +212,9 @@ def test_a_training_with_16_bit_state_resumes_in_the_same_bits(tmp_path: Path, n
 # --- updates in the backward pass -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("scaling", ["always", "never"])
-def test_updates_in_the_backward_pass_are_those_after_it(scaling: Any, recompute: bool) -> None:
+def test_updates_in_the_backward_pass_are_those_after_it(scaling: Any, recompute: Any) -> None:
     ends = []
     for chosen in (optimizer(clip_norm=0.0), in_backward()):
         how = training(optimizer=chosen, resblock_scaling=scaling, recompute=recompute)
@@ -252,7 +252,7 @@ def test_in_the_backward_pass_no_two_blocks_have_gradients_at_once(
             super()._update(unit, parameters)
 
     monkeypatch.setattr("pipelines.training.prior_updates.BackwardUpdates", Watched)
-    trainer = PriorTrainer(MODEL, training(optimizer=in_backward(), recompute=True), CPU)
+    trainer = PriorTrainer(MODEL, training(optimizer=in_backward(), recompute="full"), CPU)
     trainer.update(Batches().batch(0))
     *resblocks, outside = parameter_blocks(trainer.prior)
     sizes = [sum(4 * p.numel() for p in block) for block in resblocks]

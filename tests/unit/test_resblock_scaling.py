@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from models.linear import Linear
 from models.prior import Prior
 from models.resblock_scaling import ResblockScales, ResblockScalingConfig
 from pipelines.training.optimizer import PriorOptimizerConfig
-from pipelines.training.parallelize import attach_scales, build_prior, resblock_gradients
+from pipelines.training.parallelize import Recompute, attach_scales, build_prior, resblock_gradients
 from pipelines.training.prior_trainer import PriorTrainer
 from tests.unit.test_prior_training import MODEL, Batches, training
 
@@ -288,13 +288,13 @@ def test_the_flags_of_all_blocks_are_reduced_at_once() -> None:
 
 def test_recomputation_changes_no_bit_of_a_scaled_gradient() -> None:
     gradients = {}
-    for recompute in (False, True):
-        prior = build_prior(MODEL, device=CPU, seed=0, recompute=recompute)
+    for recompute in get_args(Recompute):
+        prior, _ = build_prior(MODEL, device=CPU, seed=0, recompute=recompute)
         attach_scales(prior, ResblockScales(BLOCKS, WIDE, CPU))
         backward(prior)
         gradients[recompute] = [p.grad for p in prior.parameters()]
-    for kept, recomputed in zip(gradients[False], gradients[True], strict=True):
-        assert torch.equal(kept, recomputed)  # type: ignore[arg-type]
+    for kept, *recomputed in zip(*gradients.values(), strict=True):
+        assert all(torch.equal(kept, other) for other in recomputed)
 
 
 COMPILED = [(0, "aot_eager"), (1, "aot_eager")]
