@@ -1,8 +1,7 @@
 """The training loop of the prior: without Ray or MLflow, on one process or many."""
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -10,6 +9,8 @@ from torch import Tensor
 
 from models.prior import Prior, PriorConfig
 from pipelines.training.block_history import BlockRecord
+from pipelines.training.checkpoint import Checkpoints
+from pipelines.training.pace import Pace, due
 from pipelines.training.prior_trainer import PriorTrainer, PriorTraining
 from pipelines.training.token_loader import TokenLoader
 
@@ -45,32 +46,26 @@ def train_prior(
     but 0. Every rank calls them; the caller acts on rank 0.
     """
     trainer = PriorTrainer(model, training, device)
-    said = trainer.resume(checkpoints)
+    settings = {"prior": asdict(model), "training": asdict(training)}
+    saved = Checkpoints(checkpoints, keep=cadence.keep_checkpoints, settings=settings)
+    said = trainer.resume(saved)
     on_resume(trainer.step, said)
-    clock = time.monotonic()
-    waited = 0.0
-    while trainer.step < training.steps:
-        asked = time.monotonic()
-        batch = loader.batch(trainer.step)
-        waited += time.monotonic() - asked
-        metrics = trainer.update(batch)
-        step = trainer.step
-        last = step == training.steps
-        if step % cadence.log_every == 0 or last:
-            elapsed = time.monotonic() - clock
-            span = (step - 1) % cadence.log_every + 1
-            rates = {
-                "images_per_second": span * training.batch_samples / elapsed,
-                "data_wait": waited / elapsed,
-            }
-            record = trainer.block_record()
-            on_log(step, {**metrics, **rates, **_scale_metrics(trainer, record)})
-            on_blocks(step, record)
-            clock, waited = time.monotonic(), 0.0
-        if step % cadence.checkpoint_every == 0 or last:
-            trainer.save(checkpoints, cadence.keep_checkpoints)
-        if step % cadence.sample_every == 0 and not last:
-            on_weights(step, trainer.averaged_weights())
+    pace = Pace(trainer.step)
+    batches = map(loader.batch, range(trainer.step, training.steps))
+    with saved:
+        while trainer.step < training.steps:
+            metrics = trainer.update(pace.take(batches))
+            step = trainer.step
+            is_due = due(step, training.steps)
+            if is_due(cadence.log_every):
+                record = trainer.block_record()
+                rates = pace.rates(step, training.batch_samples)
+                on_log(step, {**metrics, **rates, **_scale_metrics(trainer, record)})
+                on_blocks(step, record)
+            if is_due(cadence.checkpoint_every):
+                trainer.save(saved)
+            if step % cadence.sample_every == 0 and step < training.steps:
+                on_weights(step, trainer.averaged_weights())
     on_weights(trainer.step, trainer.averaged_weights())
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,8 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 from models.averaging import AveragingConfig, IterateAverage
 from models.prior import PriorConfig
 from models.resblock_scaling import ResblockScales, ResblockScalingConfig
-from pipelines.training import checkpoint
 from pipelines.training.block_history import BlockRecord
+from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.optimizer import (
     PriorOptimizerConfig,
     StepSize,
@@ -89,7 +88,14 @@ class PriorTraining:
             )
 
     def check_workers(self, num_workers: int) -> None:
-        """Refuse what only one worker can do."""
+        """Refuse what only one worker can do, and a batch that cannot be shared out."""
+        if self.batch_samples % (num_workers * self.micro_batches):
+            raise ValueError(
+                "batch_samples must divide by workers · micro_batches, got "
+                f"{self.batch_samples}, {num_workers} workers and {self.micro_batches} "
+                f"micro_batches: the next that does is "
+                f"{-(-self.batch_samples // (n := num_workers * self.micro_batches)) * n}"
+            )
         alone = {
             "optimizer.master split": self.optimizer.master == "split",
             "optimizer.step in_backward": self.optimizer.step == "in_backward",
@@ -211,28 +217,26 @@ class PriorTrainer:
                 weights[name] = whole.cpu().clone()
         return weights
 
-    def save(self, root: Path, keep: int) -> None:
+    def save(self, checkpoints: Checkpoints) -> None:
         """A checkpoint after the current step; every rank must call it."""
         progress = {
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "step_size": self.step_size.plateau.state_dict(),
         }
-        checkpoint.save(root, self.step, self._state(), progress, keep)
+        checkpoints.save(self.step, self._state(), progress)
 
-    def resume(self, root: Path) -> list[str]:
+    def resume(self, checkpoints: Checkpoints) -> list[str]:
         """Go on from the newest valid checkpoint, if there is one; what is to be said about it."""
-        path, rejected = checkpoint.newest_valid(root)
-        said = [f"checkpoint refused: {reason}" for reason in rejected]
-        if path is None:
-            return said
-        state = self._state()
-        progress = checkpoint.load(path, state)
+        found = checkpoints.resume(self._state())
+        if not found.step:
+            return found.said
+        state, progress = found.state, found.progress
         self._load(state)
-        self.step, self.skipped = progress["step"], progress["skipped"]
+        self.step, self.skipped = found.step, progress["skipped"]
         self.skipped_in_a_row = progress["skipped_in_a_row"]
         self.step_size.plateau.load_state_dict(progress["step_size"])
-        return [*said, f"resumed after step {self.step} from {path.name}"]
+        return found.said
 
     def _state(self) -> dict[str, Any]:
         """All tensors, by names that do not depend on how the model is wrapped or sharded."""
