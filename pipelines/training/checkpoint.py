@@ -102,6 +102,11 @@ class Checkpoints:
         self._thread.start()
         self.blocked_seconds += time.monotonic() - started
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether the last checkpoint is not whole yet."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Until the last checkpoint is whole; raises what went wrong with it."""
         if self._thread is None:

@@ -172,7 +172,7 @@ def test_two_workers_then_one_then_two_see_the_same_samples_in_the_same_order(
     assert 0 <= resumed[1] <= 3 <= resumed[2] <= 9
     wanted = samples(tmp_path / "one", 0, 1)
     assert len(wanted) == STEPS
-    seen = {}
+    seen: dict[int, list[str]] = {}
     for number, world_size in enumerate((2, 1, 2)):
         found = samples(path, number, world_size)
         assert found.items() <= wanted.items()
