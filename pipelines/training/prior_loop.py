@@ -13,6 +13,7 @@ from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.pace import Pace, due
 from pipelines.training.prior_trainer import PriorTrainer, PriorTraining
 from pipelines.training.token_loader import TokenLoader
+from pipelines.training.validation import HeldOut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,15 @@ class Cadence:
     keep_checkpoints: int = 2
     sample_every: int = 5000
     """Average weights are gathered on rank 0 and sampled from."""
+    validate_every: int = 1000
+    """Losses on held-out rows, with the weights as they are and averaged."""
+    validation_samples: int = 1024
+    """Rows of the validation split that are looked at; a smaller split whole."""
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise ValueError(f"cadence.{name} must be at least 1, got {value}")
 
 
 def train_prior(
@@ -38,12 +48,15 @@ def train_prior(
     on_resume: Callable[[int, list[str]], None],
     on_weights: Callable[[int, dict[str, Tensor]], None],
     on_blocks: Callable[[int, BlockRecord], None] = lambda step, record: None,
+    held_out: HeldOut | None = None,
+    on_validation: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
 ) -> None:
     """Train to the last step; the effects are the caller's.
 
     `on_log` takes metrics and `on_blocks` the resblocks' record, every `log_every` steps,
     `on_weights` the averaged weights, every `sample_every` steps and at the end; empty on all ranks
-    but 0. Every rank calls them; the caller acts on rank 0.
+    but 0. `on_validation` takes the losses on `held_out`, if there are such rows, every
+    `validate_every` steps and at the end. Every rank calls them; the caller acts on rank 0.
     """
     trainer = PriorTrainer(model, training, device)
     settings = {"prior": asdict(model), "training": asdict(training)}
@@ -62,6 +75,8 @@ def train_prior(
                 rates = pace.rates(step, training.batch_samples)
                 on_log(step, {**metrics, **rates, **_scale_metrics(trainer, record)})
                 on_blocks(step, record)
+            if held_out and is_due(cadence.validate_every):
+                on_validation(step, trainer.held_out_losses(held_out))
             if is_due(cadence.checkpoint_every):
                 trainer.save(saved)
             if step % cadence.sample_every == 0 and step < training.steps:

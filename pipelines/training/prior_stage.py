@@ -21,6 +21,7 @@ from pipelines.training.run_directory import write_result
 from pipelines.training.scale_picture import scale_picture
 from pipelines.training.token_loader import TokenLoader
 from pipelines.training.tracking import Tracker
+from pipelines.training.validation import HeldOut
 from pipelines.training.weights import load_stage_one, save_model
 
 PRIOR_FILE = "prior.safetensors"
@@ -60,7 +61,13 @@ def run_prior_stage(
         rank=rank,
         world_size=world_size,
     )
-    desk = _Desk(stage, manifest, loader, tokenizer) if rank == 0 else None
+    held_out = HeldOut(
+        manifest,
+        tokenizer,
+        text_len=stage.prior.text_len,
+        samples=stage.cadence.validation_samples,
+    )
+    desk = _Desk(stage, manifest, loader, tokenizer, held_out) if rank == 0 else None
     train_prior(
         stage.prior,
         stage.training,
@@ -72,6 +79,8 @@ def run_prior_stage(
         on_resume=desk.resume if desk else _ignore,
         on_weights=desk.keep if desk else _ignore,
         on_blocks=desk.record if desk else _ignore,
+        held_out=held_out,
+        on_validation=desk.validate if desk else _ignore,
     )
 
 
@@ -84,11 +93,14 @@ class _Desk:
         manifest: Manifest,
         loader: TokenLoader,
         tokenizer: CaptionTokenizer,
+        held_out: HeldOut,
     ) -> None:
+        self.held_out = held_out
         self.stage, self.manifest, self.loader, self.tokenizer = stage, manifest, loader, tokenizer
         self.tracker = Tracker(stage.output, stage.tracking_uri, stage.run_id)
         self.blocks = BlockHistory(stage.output)
         self.metrics: dict[str, float] = {}
+        self.losses: dict[str, float] = {}
         self.started = time.monotonic()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -99,7 +111,17 @@ class _Desk:
         self.tracker.rewind(step)
         self.blocks.rewind(step)
         for line in said:
-            print(line, flush=True)
+            self.tracker.notice(line, step)
+        if not self.held_out and not step:
+            self.tracker.notice(
+                f"{self.manifest.path} holds no validation rows: losses are those of what is "
+                "learned (filter_pairs --validation-fraction)",
+                step,
+            )
+
+    def validate(self, step: int, losses: dict[str, float]) -> None:
+        self.losses = losses
+        self.tracker.log_metrics(losses, step)
 
     def record(self, step: int, record: BlockRecord) -> None:
         self.blocks.add(record)
@@ -114,7 +136,7 @@ class _Desk:
         result = {
             "steps": step,
             "training_seconds": round(time.monotonic() - self.started, 1),
-            **{name: round(value, 5) for name, value in self.metrics.items()},
+            **{name: round(value, 5) for name, value in (self.metrics | self.losses).items()},
         }
         write_result(self.stage.output, result)
         save_model(
@@ -131,15 +153,18 @@ class _Desk:
         )
 
     def _preview(self, step: int, weights: dict[str, Tensor]) -> None:
-        """Sample a few captions of the training set, so that the eye can follow."""
+        """Sample captions, learned and held out, always the same ones, for the eye to follow."""
         dvae, _ = load_stage_one(self.stage.dvae)
         prior = load_weights(self.stage.prior, weights)
         sampler = Sampler(prior, dvae, self.tokenizer)
-        spread = np.linspace(0, len(self.loader) - 1, min(PREVIEW_PROMPTS, len(self.loader)))
-        prompts = [self.loader.captions[int(row)] for row in spread]
+        unseen = self.held_out.captions[: PREVIEW_PROMPTS // 2]
+        learned = min(PREVIEW_PROMPTS - len(unseen), len(self.loader))
+        spread = np.linspace(0, len(self.loader) - 1, learned)
+        prompts = [*(self.loader.captions[int(row)] for row in spread), *unseen]
         samples = sampler.sample(prompts, n=PREVIEW_SAMPLES, seed=0)
         sampled = [[sample.pixels for sample in row] for row in samples]
-        rows = list(zip(prompts, sampled, strict=True))
+        titles = [*prompts[:learned], *(f"held out: {prompt}" for prompt in unseen)]
+        rows = list(zip(titles, sampled, strict=True))
         self.tracker.log_image("samples", captioned_rows(rows), step)
 
 

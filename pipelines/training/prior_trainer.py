@@ -31,6 +31,7 @@ from pipelines.training.parallelize import (
 from pipelines.training.prior_updates import PriorUpdates
 from pipelines.training.sharding import ShardingConfig, reduce_vectors
 from pipelines.training.token_loader import TokenBatch
+from pipelines.training.validation import HeldOut, held_out_losses
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -206,6 +207,18 @@ class PriorTrainer:
                 f"{SKIPS_IN_A_ROW} updates in a row up to step {self.step} had gradients that were "
                 "not finite: lower the step size, or use bf16"
             )
+
+    def held_out_losses(self, held_out: HeldOut) -> dict[str, float]:
+        """`validation.…`: losses with the weights as they are and averaged; every rank must ask."""
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        return held_out_losses(
+            self.prior,
+            self.average.shadow,
+            held_out,
+            batch_samples=self.training.batch_samples // (ranks * self.training.micro_batches),
+            device=self.device,
+            autocast=self._autocast,
+        )
 
     def averaged_weights(self) -> dict[str, Tensor]:
         """The averaged weights, whole, on rank 0's CPU (empty elsewhere); every rank must ask."""
