@@ -17,6 +17,7 @@ from pipelines.data.tokenizer import CaptionTokenizer
 from pipelines.training import tracking
 from pipelines.training.prior_stage import PRIOR_FILE, PriorStage, run_prior_stage
 from pipelines.training.run_directory import read_result, run_tags
+from pipelines.training.stopping import Stopped, StopRequest
 from pipelines.training.token_loader import check_inputs
 from pipelines.training.weights import STAGE_ONE, read_header
 
@@ -94,8 +95,15 @@ def _train(job: TrainPriorJob, settings: dict[str, Any], inputs: dict[str, str])
             cadence=job.cadence,
             tracking_uri=uri,
             run_id=tracker.run_id,
+            watchdog=job.watchdog,
         )
-        workers.train_on_workers(_work, {"stage": stage}, job.workers, job.output)
+        request = StopRequest(stage.output)
+        request.forget()
+        workers.train_on_workers(
+            _work, {"stage": stage}, job.workers, job.output, stop_request=request
+        )
+    if not (job.output / PRIOR_FILE).exists():
+        raise Stopped
 
 
 def _work(argument: dict[str, Any]) -> None:

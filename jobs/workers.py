@@ -5,11 +5,14 @@ import signal
 import threading
 import uuid
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from pipelines.training.stopping import StopRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +40,12 @@ def train_on_workers(
     output: Path,
     *,
     loaders_per_worker: int = 0,
+    stop_request: StopRequest | None = None,
 ) -> None:
     """Run `loop(argument)` on every worker, in one process group; raises what a worker raised.
 
     `loaders_per_worker` processes of one CPU each will be started by the loop beside each worker.
+    SIGTERM becomes a `stop_request`, if the loop heeds one; it then ends as if it were done.
 
     Checkpoints are the loop's own affair (pipelines.training.checkpoint): Ray Train 2.60 refuses to
     go on from a run whose snapshot file was cut off, so every attempt is a new Ray Train run to it.
@@ -77,13 +82,15 @@ def train_on_workers(
         ),
     )
     handler = signal.getsignal(signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()
     try:
-        trainer.fit()
+        with stop_request.on_sigterm() if stop_request and in_main_thread else nullcontext():
+            trainer.fit()
     except SystemExit as end:
         # Ray Train 2.60 answers Ctrl-C with an abort and sys.exit(0), as if all were done.
         raise KeyboardInterrupt from end
     finally:
-        if threading.current_thread() is threading.main_thread():
+        if in_main_thread:
             signal.signal(signal.SIGINT, handler)
 
 

@@ -1,5 +1,6 @@
 """The training loop of the prior: without Ray or MLflow, on one process or many."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pipelines.training.block_history import BlockRecord
 from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.pace import Pace, due
 from pipelines.training.prior_trainer import PriorTrainer, PriorTraining
+from pipelines.training.spikes import SpikeDetector
 from pipelines.training.token_loader import TokenLoader
 from pipelines.training.validation import HeldOut
 
@@ -48,27 +50,37 @@ def train_prior(
     on_resume: Callable[[int, list[str]], None],
     on_weights: Callable[[int, dict[str, Tensor]], None],
     on_blocks: Callable[[int, BlockRecord], None] = lambda step, record: None,
+    on_odd: Callable[[int, str], None] = lambda step, why: None,
     held_out: HeldOut | None = None,
     on_validation: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
-) -> None:
-    """Train to the last step; the effects are the caller's.
+    is_asked_to_stop: Callable[[], bool] = lambda: False,
+    beat: Callable[[str], None] = lambda doing: None,
+) -> bool:
+    """Train to the last step, or until any rank is asked to stop; whether it is the last.
 
-    `on_log` takes metrics and `on_blocks` the resblocks' record, every `log_every` steps,
-    `on_weights` the averaged weights, every `sample_every` steps and at the end; empty on all ranks
-    but 0. `on_validation` takes the losses on `held_out`, if there are such rows, every
-    `validate_every` steps and at the end. Every rank calls them; the caller acts on rank 0.
+    The effects are the caller's. `on_log` takes metrics and `on_blocks` the resblocks' record,
+    every `log_every` steps, `on_weights` the averaged weights, every `sample_every` steps and at
+    the end; empty on all ranks but 0. `on_validation` takes the losses on `held_out`, if there are
+    such rows, every `validate_every` steps and at the end. `on_odd` is told of updates whose loss
+    jumped, or that were skipped. Every rank calls them; the caller acts on rank 0. `beat` is told
+    what comes next.
     """
     trainer = PriorTrainer(model, training, device)
     settings = {"prior": asdict(model), "training": asdict(training)}
     saved = Checkpoints(checkpoints, keep=cadence.keep_checkpoints, settings=settings)
     said = trainer.resume(saved)
     on_resume(trainer.step, said)
-    pace = Pace(trainer.step)
+    pace, spikes = Pace(trainer.step), SpikeDetector()
     batches = map(loader.batch, range(trainer.step, training.steps))
     with saved:
         while trainer.step < training.steps:
-            metrics = trainer.update(pace.take(batches))
+            beat(f"the batch of update {trainer.step + 1}")
+            batch = pace.take(batches)
+            beat(f"update {trainer.step + 1}")
+            metrics = trainer.update(batch, stop=is_asked_to_stop())
             step = trainer.step
+            if why := _odd(trainer, metrics, spikes):
+                on_odd(step, why)
             is_due = due(step, training.steps)
             if is_due(cadence.log_every):
                 record = trainer.block_record()
@@ -76,12 +88,19 @@ def train_prior(
                 on_log(step, {**metrics, **rates, **_scale_metrics(trainer, record)})
                 on_blocks(step, record)
             if held_out and is_due(cadence.validate_every):
+                beat("the losses on held-out rows")
                 on_validation(step, trainer.held_out_losses(held_out))
-            if is_due(cadence.checkpoint_every):
+            if is_due(cadence.checkpoint_every) or trainer.stop_asked:
+                beat("the checkpoint")
                 trainer.save(saved)
+            if trainer.stop_asked and step < training.steps:
+                return False
             if step % cadence.sample_every == 0 and step < training.steps:
+                beat("the pictures")
                 on_weights(step, trainer.averaged_weights())
+    beat("the model file")
     on_weights(trainer.step, trainer.averaged_weights())
+    return True
 
 
 def load_weights(model: PriorConfig, weights: dict[str, Tensor]) -> Prior:
@@ -101,3 +120,13 @@ def _scale_metrics(trainer: PriorTrainer, record: BlockRecord) -> dict[str, floa
         "gradient_scale_log2.mean": float(record.scales.mean()),
         "gradient_scale_log2.highest": float(record.scales.max()),
     }
+
+
+def _odd(trainer: PriorTrainer, metrics: dict[str, float], spikes: SpikeDetector) -> str:
+    """What is odd about the last update; empty if nothing is. The same on all ranks."""
+    loss = metrics["loss"]
+    if not math.isfinite(loss):
+        return f"its loss is {loss}"
+    if trainer.skipped_in_a_row:
+        return "its gradient is not finite"
+    return f"its loss jumped to {loss:.4f}" if spikes.is_spike(loss) else ""

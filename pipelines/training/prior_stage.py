@@ -1,7 +1,8 @@
 """One worker's part of training a prior: reads the inputs, trains, keeps the results."""
 
+import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,15 @@ from pipelines.training.prior_loop import Cadence, load_weights, train_prior
 from pipelines.training.prior_trainer import PriorTraining
 from pipelines.training.run_directory import write_result
 from pipelines.training.scale_picture import scale_picture
+from pipelines.training.stopping import StopRequest
 from pipelines.training.token_loader import TokenLoader
 from pipelines.training.tracking import Tracker
 from pipelines.training.validation import HeldOut
+from pipelines.training.watchdog import Watchdog, WatchdogConfig
 from pipelines.training.weights import load_stage_one, save_model
 
 PRIOR_FILE = "prior.safetensors"
+ODD_FILE = "odd_updates.jsonl"
 PREVIEW_PROMPTS = 8
 PREVIEW_SAMPLES = 4
 
@@ -42,12 +46,16 @@ class PriorStage:
     cadence: Cadence
     tracking_uri: str
     run_id: str | None
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
 
 def run_prior_stage(
     stage: PriorStage, *, device: torch.device, rank: int = 0, world_size: int = 1
 ) -> None:
-    """Train on this rank; rank 0 writes metrics, previews, `result.json` and the model file."""
+    """Train on this rank; rank 0 writes metrics, previews, `result.json` and the model file.
+
+    If it is asked to stop (`StopRequest(stage.output)`), it makes a checkpoint and no model file.
+    """
     manifest = Manifest.load(stage.tokens, stage="encode_pairs")
     tokenizer = CaptionTokenizer.from_file(stage.tokenizer)
     loader = TokenLoader(
@@ -68,7 +76,22 @@ def run_prior_stage(
         samples=stage.cadence.validation_samples,
     )
     desk = _Desk(stage, manifest, loader, tokenizer, held_out) if rank == 0 else None
-    train_prior(
+    watchdog = Watchdog(
+        stage.output / ".heartbeats", stage.watchdog, rank=rank, world_size=world_size
+    )
+    with watchdog:
+        _train(stage, loader, held_out, desk, watchdog, device)
+
+
+def _train(
+    stage: PriorStage,
+    loader: TokenLoader,
+    held_out: HeldOut,
+    desk: "_Desk | None",
+    watchdog: Watchdog,
+    device: torch.device,
+) -> None:
+    finished = train_prior(
         stage.prior,
         stage.training,
         cadence=stage.cadence,
@@ -79,9 +102,14 @@ def run_prior_stage(
         on_resume=desk.resume if desk else _ignore,
         on_weights=desk.keep if desk else _ignore,
         on_blocks=desk.record if desk else _ignore,
+        on_odd=desk.keep_odd if desk else _ignore,
         held_out=held_out,
         on_validation=desk.validate if desk else _ignore,
+        is_asked_to_stop=StopRequest(stage.output).is_asked,
+        beat=watchdog.beat,
     )
+    if desk and not finished:
+        desk.tracker.notice("stopped, as it was asked to, after a checkpoint", desk.step)
 
 
 class _Desk:
@@ -101,13 +129,14 @@ class _Desk:
         self.blocks = BlockHistory(stage.output)
         self.metrics: dict[str, float] = {}
         self.losses: dict[str, float] = {}
-        self.started = time.monotonic()
+        self.step, self.started = 0, time.monotonic()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self.metrics = metrics
+        self.step, self.metrics = step, metrics
         self.tracker.log_metrics(metrics, step)
 
     def resume(self, step: int, said: list[str]) -> None:
+        self.step = step
         self.tracker.rewind(step)
         self.blocks.rewind(step)
         for line in said:
@@ -122,6 +151,14 @@ class _Desk:
     def validate(self, step: int, losses: dict[str, float]) -> None:
         self.losses = losses
         self.tracker.log_metrics(losses, step)
+
+    def keep_odd(self, step: int, why: str) -> None:
+        """Name the samples of an update, for somebody to look at them."""
+        keys = self.loader.all_keys_of(step - 1)
+        with (self.stage.output / ODD_FILE).open("a") as file:
+            file.write(json.dumps({"step": step, "why": why, "keys": keys}) + "\n")
+        if "loss" in why:  # a scale that is too high is how fp16 finds its scale
+            self.tracker.notice(f"update {step} is odd: {why}; its samples are in {ODD_FILE}", step)
 
     def record(self, step: int, record: BlockRecord) -> None:
         self.blocks.add(record)

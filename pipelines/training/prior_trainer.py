@@ -146,17 +146,22 @@ class PriorTrainer:
         self.step = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
+        self.stop_asked = False
 
-    def update(self, batch: TokenBatch) -> dict[str, float]:
-        """One update on this rank's samples; skipped everywhere if a gradient is not finite."""
+    def update(self, batch: TokenBatch, *, stop: bool = False) -> dict[str, float]:
+        """One update on this rank's samples; skipped everywhere if a gradient is not finite.
+
+        `stop` asks all ranks to stop: `stop_asked` then is true on every one, after this update.
+        """
         lr = self.step_size.at(self.step)
         self.updates.start(lr)
-        measured = self.updates.measure(self._backward(batch))
+        measured = self.updates.measure(self._backward(batch), stop=stop)
         applied = measured.finite
         if applied:
             self.updates.apply(measured)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.stop_asked = measured.stop
         self._count(applied)
         self.average.update(self._masters(), self.step)
         total, text, image = measured.losses

@@ -30,6 +30,8 @@ class Measured(NamedTuple):
     """Of all gradients, before clipping."""
     losses: tuple[float, float, float]
     """(total, text, image), means over the ranks."""
+    stop: bool
+    """Whether any rank was asked to stop."""
 
 
 class PriorUpdates:
@@ -64,18 +66,23 @@ class PriorUpdates:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def measure(self, losses: Tensor) -> Measured:
-        """Unscale the gradients, move the scales; `losses` are this rank's three, on the device."""
+    def measure(self, losses: Tensor, *, stop: bool) -> Measured:
+        """Unscale the gradients, move the scales; `losses` are this rank's three, on the device.
+
+        `stop` is for all ranks to know at once: it travels with the norms, not for itself.
+        """
         found = self._check()
-        sums = all_reduce("avg")(torch.cat((found.squares, losses)))
+        asked = losses.new_full((1,), float(stop))
+        sums = all_reduce("avg")(torch.cat((found.squares, losses, asked)))
         norms = sums[: len(self.blocks)].sqrt()
         self._norms = norms[:-1]
         self._overflows += found.overflowed[:-1]
         overflowed, norm, *means = torch.cat(
             (found.overflowed.amax(0, True), norms.norm()[None], sums[len(self.blocks) :])
         ).tolist()
-        total, text, image = means
-        return Measured(not overflowed and math.isfinite(norm), norm, (total, text, image))
+        total, text, image, stop_share = means
+        finite = not overflowed and math.isfinite(norm)
+        return Measured(finite, norm, (total, text, image), stop_share > 0)
 
     def apply(self, measured: Measured) -> None:
         """Clip and update, unless the backward pass has."""

@@ -74,6 +74,11 @@ class TokenLoader:
         """Names of this rank's samples of update `step`."""
         return [self.keys[self._row(position)] for position in self._positions(step)]
 
+    def all_keys_of(self, step: int) -> list[str]:
+        """Names of all ranks' samples of update `step`."""
+        first = step * self.batch_samples
+        return [self.keys[self._row(first + place)] for place in range(self.batch_samples)]
+
     def _positions(self, step: int) -> range:
         share = self.batch_samples // self.world_size
         first = step * self.batch_samples + self.rank * share

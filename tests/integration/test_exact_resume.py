@@ -1,6 +1,9 @@
 """Trainings of the prior that are killed, in real processes: they go on as if nothing had been."""
 
+import os
 import random
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +14,17 @@ from models.averaging import AveragingConfig
 from models.prior import PriorConfig
 from pipelines.data.stage import Manifest
 from pipelines.data.tokenizer import CaptionTokenizer
+from pipelines.training import stopping
 from pipelines.training.optimizer import PriorOptimizerConfig
 from pipelines.training.prior_loop import Cadence, train_prior
 from pipelines.training.prior_trainer import PriorTraining
+from pipelines.training.stopping import StopRequest
 from pipelines.training.token_loader import TokenBatch, TokenLoader
 from tests.fixtures.datasets import TinyTokens, tiny_tokens
 from tests.fixtures.groups import KILLED, die, join_group, note, notes, run_group
 
 STEPS = 12
+STOPPED = 75
 BATCH = 4
 MODEL = PriorConfig(
     n_layers=2,
@@ -65,6 +71,7 @@ def train(
     tiny: TinyTokens,
     victim: int | None,
     kill_at: int,
+    number: int,
 ) -> None:
     """One process: notes losses and samples, and kills itself if it is the victim."""
     join_group(rank, world_size, path / f"meeting-{attempt}")
@@ -84,33 +91,46 @@ def train(
         if rank == 0:
             note(path / "losses.jsonl", [step, metrics["loss"].hex(), metrics["grad_norm"].hex()])
         if rank == victim and step == kill_at:
-            die()
+            die() if number != signal.SIGTERM else os.kill(os.getpid(), number)
 
     def on_resume(step: int, said: list[str]) -> None:
         if rank == 0:
             note(path / "resumed.jsonl", step)
 
-    train_prior(
-        MODEL,
-        TRAINING,
-        cadence=Cadence(log_every=1, checkpoint_every=3, sample_every=1000),
-        loader=loader,
-        device=torch.device("cpu"),
-        checkpoints=path / "checkpoints",
-        on_log=on_log,
-        on_resume=on_resume,
-        on_weights=lambda step, weights: None,
-    )
+    stopping.SECONDS_BETWEEN_LOOKS = 0.0  # these updates take milliseconds
+    (own := path / f"rank-{rank}").mkdir(exist_ok=True)  # so that one rank alone is asked
+    request = StopRequest(own)
+    with request.on_sigterm():
+        finished = train_prior(
+            MODEL,
+            TRAINING,
+            cadence=Cadence(log_every=1, checkpoint_every=3, sample_every=1000),
+            loader=loader,
+            device=torch.device("cpu"),
+            checkpoints=path / "checkpoints",
+            on_log=on_log,
+            on_resume=on_resume,
+            on_weights=lambda step, weights: None,
+            is_asked_to_stop=request.is_asked,
+        )
+    sys.exit(0 if finished else STOPPED)
 
 
 def attempt(
-    path: Path, number: int, tiny: TinyTokens, world_size: int, kill: tuple[int, int] | None = None
+    path: Path,
+    number: int,
+    tiny: TinyTokens,
+    world_size: int,
+    kill: tuple[int, int] | None = None,
+    by: int = signal.SIGKILL,
 ) -> None:
     """A group that trains to the end, or until (rank, step) is killed."""
     path.mkdir(exist_ok=True)
     victim, step = kill if kill else (None, 0)
-    codes = run_group(train, world_size, path, number, tiny, victim, step)
-    if kill is None:
+    codes = run_group(train, world_size, path, number, tiny, victim, step, by)
+    if by == signal.SIGTERM:
+        assert codes == [STOPPED] * world_size
+    elif kill is None:
         assert codes == [0] * world_size
     else:
         assert codes[kill[0]] == KILLED
@@ -184,6 +204,19 @@ def test_two_workers_then_one_then_two_see_the_same_samples_in_the_same_order(
         for other, other_norm in values:
             assert float.fromhex(other) == pytest.approx(float.fromhex(loss), rel=1e-5)
             assert float.fromhex(other_norm) == pytest.approx(float.fromhex(norm), rel=1e-3)
+
+
+def test_one_rank_that_is_told_to_end_stops_all_after_a_checkpoint_at_once(
+    tmp_path: Path, tiny: TinyTokens
+) -> None:
+    attempt(tmp_path / "whole", 0, tiny, 2)
+    path = tmp_path / "stopped"
+    attempt(path, 0, tiny, 2, (1, 4), by=signal.SIGTERM)
+    attempt(path, 1, tiny, 2)
+    # Asked after update 4, known to all in 5: no update is made twice, none is missing.
+    assert notes(path / "resumed.jsonl") == [0, 5]
+    assert len(notes(path / "losses.jsonl")) == STEPS
+    assert losses(path) == losses(tmp_path / "whole")
 
 
 def test_a_batch_that_does_not_divide_is_refused_before_the_first_update() -> None:
