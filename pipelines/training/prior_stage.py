@@ -45,7 +45,7 @@ class PriorStage:
     training: PriorTraining
     cadence: Cadence
     tracking_uri: str
-    run_id: str | None
+    """Empty for none."""
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
 
@@ -125,7 +125,7 @@ class _Desk:
     ) -> None:
         self.held_out = held_out
         self.stage, self.manifest, self.loader, self.tokenizer = stage, manifest, loader, tokenizer
-        self.tracker = Tracker(stage.output, stage.tracking_uri, stage.run_id)
+        self.tracker = Tracker(stage.output, stage.tracking_uri)
         self.blocks = BlockHistory(stage.output)
         self.metrics: dict[str, float] = {}
         self.losses: dict[str, float] = {}
