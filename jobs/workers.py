@@ -79,6 +79,8 @@ def train_on_workers(
             name=f"attempt-{uuid.uuid4().hex[:8]}",
             storage_path=str((output / ".ray_train").resolve()),
             failure_config=FailureConfig(max_failures=workers.max_failures),
+            # Threads that spin while they wait take the processor from another worker's.
+            worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": "passive"}},
         ),
     )
     handler = signal.getsignal(signal.SIGINT)

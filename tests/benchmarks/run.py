@@ -29,6 +29,7 @@ from tests.benchmarks import (
     resblock_scaling,
     sampling,
     tokens,
+    two_workers,
 )
 from tests.benchmarks.measure import Effort, MissingPeer, Row
 
@@ -47,6 +48,7 @@ ON_DEMAND: dict[str, Callable[[Effort], list[Row]]] = {
     "prior": prior.rows,
     "resblock-scaling": resblock_scaling.rows,
     "sampling": sampling.rows,
+    "two-workers": two_workers.rows,
 }
 
 
@@ -56,7 +58,7 @@ class Bench:
 
     topics: tuple[str, ...] = tuple(TOPICS)
     """Which to run; those that take minutes only if named: checkpoint, download, encode-pairs,
-    prior, resblock-scaling, sampling."""
+    prior, resblock-scaling, sampling, two-workers."""
     output: Path = Path("runs/bench")
     """Directory for TOPIC.json; an older one of the same topic is replaced."""
     effort: Effort = field(default_factory=Effort)
