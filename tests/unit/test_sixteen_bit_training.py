@@ -15,7 +15,7 @@ from pipelines.training.prior_trainer import Precision, PriorTrainer
 from pipelines.training.token_loader import TokenBatch
 
 MODEL = TINY.prior
-UPDATES = 24
+UPDATES = 16
 SAMPLES = 4
 
 
@@ -49,7 +49,7 @@ def curve(precision: Precision, **overrides: Any) -> list[float]:
 def reference() -> list[float]:
     """fp32 moments."""
     made = curve("fp32", moments="fp32")
-    assert made[-1] < 0.7 * made[0]
+    assert made[-1] < 0.75 * made[0]
     return made
 
 
@@ -79,4 +79,4 @@ def test_split_weights_learn_as_fp32_weights_do_to_the_bit(
     halves = curve("bf16", moments="bf16", master="split")
     monkeypatch.setattr(_SixteenBitLinear, "forward", staticmethod(rounded_as_split))
     assert halves == curve("bf16", moments="bf16")
-    assert halves[-1] < 0.7 * halves[0]
+    assert halves[-1] < 0.75 * halves[0]
