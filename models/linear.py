@@ -36,7 +36,8 @@ class Linear(nn.Linear):
         device = x.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            y = _SixteenBitLinear.apply(x.to(dtype), self.weight, self.bias)
+            y = F.linear(x.to(dtype), self.weight.to(dtype), self.bias.detach().to(dtype))
+            y = _BiasGradient.apply(y, self.bias)
             return y
         if not _suits_onednn(x):
             return F.linear(x, self.weight, self.bias)
@@ -97,29 +98,24 @@ class _Linear(torch.autograd.Function):
         return dx, transposed_product(rows, x.flatten(0, -2)), rows.sum(dim=0)
 
 
-class _SixteenBitLinear(torch.autograd.Function):
-    """The product and its gradients in x's precision, but the bias's gradient summed in fp32.
+class _BiasGradient(torch.autograd.Function):
+    """Nothing forwards; backwards the gradient of a bias that was added in 16 bits, in fp32.
 
     Torch's own under autocast sums it into 16 bits: at a scale that suits the rest of a resblock
-    the sum over all rows is the first number to overflow.
+    the sum over all rows is the first number to overflow. Beside the product, not around it: torch
+    keeps its own product's factors before it multiplies, so that a recomputation stops there.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        w16 = w.to(x.dtype)
-        ctx.save_for_backward(x, w16)
-        ctx.dtypes = w.dtype, b.dtype
-        return F.linear(x, w16, b.to(x.dtype))
+    def forward(ctx: Any, y: Tensor, b: Tensor) -> Tensor:
+        ctx.dtype = b.dtype
+        return y.view_as(y)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        x, w = ctx.saved_tensors
-        w_dtype, b_dtype = ctx.dtypes
-        rows = gradient.flatten(0, -2)
-        dx = gradient @ w if ctx.needs_input_grad[0] else None
-        dw = rows.t() @ x.flatten(0, -2)
-        return dx, dw.to(w_dtype), rows.sum(dim=0, dtype=torch.float32).to(b_dtype)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        summed = gradient.flatten(0, -2).sum(dim=0, dtype=torch.float32)
+        return gradient, summed.to(ctx.dtype)
 
 
 class _Gelu(torch.autograd.Function):
