@@ -137,10 +137,13 @@ def test_a_record_counts_overflows_since_the_last_one() -> None:
     assert trainer.block_record().overflows.tolist() == [0, 0, 0, 0]
 
 
+HALF = training(precision="fp16", optimizer=optimizer(moments="paper"))
+
+
 def _one_shard_overflows(rank: int, path: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path / 'store'}", rank=rank, world_size=2)
-    trainer = PriorTrainer(MODEL, training(optimizer=optimizer(moments="paper")), CPU)
+    trainer = PriorTrainer(MODEL, HALF, CPU)
     loader = Batches(rank, 2)
     norm = trainer.update(loader.batch(0))["grad_norm"]
     before = {name: local(value).clone() for name, value in weights(trainer).items()}
@@ -170,8 +173,8 @@ def _one_shard_overflows(rank: int, path: Path) -> None:
 def test_an_overflow_in_one_rank_s_shard_skips_the_update_of_all(tmp_path: Path) -> None:
     mp.spawn(_one_shard_overflows, args=(tmp_path,), nprocs=2)
     one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    single = PriorTrainer(MODEL, training(optimizer=optimizer(moments="paper")), CPU)
-    assert one["norm"] == pytest.approx(single.update(Batches().batch(0))["grad_norm"], rel=1e-4)
+    single = PriorTrainer(MODEL, HALF, CPU).update(Batches().batch(0))
+    assert one["norm"] == pytest.approx(single["grad_norm"], rel=1e-3)
     for told in (one, other):
         assert told["skipped"] == 1
         assert told["moved"] == []
