@@ -1,6 +1,5 @@
 """One update of the prior, and everything that a resumed training must find again as it was."""
 
-import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -16,15 +15,7 @@ from models.averaging import AveragingConfig, IterateAverage
 from models.prior import PriorConfig
 from models.resblock_scaling import ResblockScales, ResblockScalingConfig
 from pipelines.training import checkpoint
-from pipelines.training.backward_updates import BackwardUpdates
 from pipelines.training.block_history import BlockRecord
-from pipelines.training.compact_adamw import CompactAdamW
-from pipelines.training.gradient_norms import (
-    BlockGradients,
-    clip_,
-    parameter_blocks,
-    squared_norms,
-)
 from pipelines.training.optimizer import (
     PriorOptimizerConfig,
     StepSize,
@@ -34,13 +25,11 @@ from pipelines.training.optimizer import (
 )
 from pipelines.training.parallelize import (
     Recompute,
-    all_reduce,
-    attach_scales,
     build_prior,
     full,
     plain_named_parameters,
-    resblock_gradients,
 )
+from pipelines.training.prior_updates import PriorUpdates
 from pipelines.training.sharding import ShardingConfig, reduce_vectors
 from pipelines.training.token_loader import TokenBatch
 
@@ -139,60 +128,42 @@ class PriorTrainer:
         self.scales = ResblockScales(
             model.n_resblocks, training.scaling, device, training.micro_batches
         )
-        if training.scales_resblocks:
-            attach_scales(self.prior, self.scales)
-        self.blocks = parameter_blocks(self.prior)
-        self.backward_updates: BackwardUpdates | None = None
-        if training.optimizer.step == "in_backward":
-            assert isinstance(self.optimizer, CompactAdamW)
-            scales = self.scales if training.scales_resblocks else None
-            self.backward_updates = BackwardUpdates(self.prior, self.optimizer, scales)
+        self.updates = PriorUpdates(
+            self.prior,
+            self.optimizer,
+            self.scales,
+            training.optimizer,
+            scaled=training.scales_resblocks,
+        )
         self.step = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
-        self._overflows = torch.zeros(model.n_resblocks, device=device)
-        self._norms = torch.zeros(model.n_resblocks, device=device)
 
     def update(self, batch: TokenBatch) -> dict[str, float]:
         """One update on this rank's samples; skipped everywhere if a gradient is not finite."""
         lr = self.step_size.at(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        losses = self._backward(batch)
-        found = self._check_gradients()
-        sums = all_reduce("avg")(torch.cat((found.squares, losses)))
-        norms, losses = sums[: len(self.blocks)].sqrt(), sums[len(self.blocks) :]
-        self._norms = norms[:-1]
-        self._overflows += found.overflowed[:-1]
-        # The only time that the host waits for the device.
-        overflowed, norm, total, text, image = torch.cat(
-            (found.overflowed.amax(0, keepdim=True), norms.norm()[None], losses)
-        ).tolist()
-        applied = not overflowed and math.isfinite(norm)
-        if applied and self.backward_updates is None:
-            if self.training.optimizer.clip_norm:
-                clip_(list(self.prior.parameters()), norm, self.training.optimizer.clip_norm)
-            self.optimizer.step()
+        self.updates.start(lr)
+        measured = self.updates.measure(self._backward(batch))
+        applied = measured.finite
+        if applied:
+            self.updates.apply(measured)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._count(applied)
         self.average.update(self._masters(), self.step)
+        total, text, image = measured.losses
         self.step_size.update(total)
         return {
             "loss": total,
             "text_loss": text,
             "image_loss": image,
-            "grad_norm": norm,
+            "grad_norm": measured.norm,
             "lr": lr,
             "skipped_updates": float(self.skipped),
         }
 
     def block_record(self) -> BlockRecord:
-        """The resblocks' scales, overflows since the last record, and last gradients' norms."""
-        values = torch.stack((self.scales.values.log2(), self._overflows, self._norms))
-        scales, overflows, norms = values.cpu().numpy()
-        self._overflows.zero_()
-        return BlockRecord(self.step, scales, overflows, norms)
+        return self.updates.record(self.step)
 
     def _backward(self, batch: TokenBatch) -> Tensor:
         """Accumulate the gradients; this rank's (total, text, image) losses."""
@@ -208,16 +179,6 @@ class PriorTrainer:
             losses += torch.stack([value.detach() for value in loss]) / parts
         reduce_vectors(self.prior)
         return losses
-
-    def _check_gradients(self) -> BlockGradients:
-        """Unscale what was scaled; which blocks are not finite, and all norms."""
-        if self.backward_updates is not None:
-            return self.backward_updates.finish()
-        overflowed = torch.zeros(len(self.blocks), device=self.device)
-        if self.training.scales_resblocks:
-            flags = self.scales.unscale_(resblock_gradients(self.prior), all_reduce("max"))
-            overflowed[:-1] = flags
-        return BlockGradients(overflowed, squared_norms(self.blocks))
 
     def _masters(self) -> Iterator[tuple[str, Tensor]]:
         return named_masters(self.optimizer, plain_named_parameters(self.prior))
