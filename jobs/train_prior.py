@@ -9,8 +9,8 @@ from typing import Any
 from jobs import runtime, workers
 from jobs.claimed_training import train_once
 from jobs.configs.train_prior import PRESETS, TrainPriorJob
+from jobs.plan_table import does_not_fit, plan_lines
 from jobs.progress import FollowMetrics
-from models.prior import count_parameters
 from pipelines.data.stage import Manifest
 from pipelines.data.storage import Location, sha256_file
 from pipelines.data.tokenizer import CaptionTokenizer
@@ -19,6 +19,7 @@ from pipelines.training.prior_stage import PRIOR_FILE, PriorStage, run_prior_sta
 from pipelines.training.run_directory import run_tags
 from pipelines.training.stopping import StopRequest
 from pipelines.training.token_loader import check_inputs
+from pipelines.training.training_plan import plan_training
 from pipelines.training.weights import STAGE_ONE, read_header
 
 
@@ -27,16 +28,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def describe(job: TrainPriorJob) -> list[str]:
-    """What a dry run says."""
-    parameters = count_parameters(job.prior)
-    tokens = job.training.steps * job.training.batch_samples * job.prior.stream_len
-    return [
-        f"{parameters:,} parameters in {job.prior.n_resblocks} resblocks",
-        # fp32: weights, gradients, two moments, average.
-        f"{20 * parameters / 1e9:,.1f} GB of state over {job.workers.num_workers} workers",
-        f"{tokens:,} tokens in {job.training.steps:,} updates",
-        f"{6 * parameters * tokens:.2e} FLOP without recomputation",
-    ]
+    """What a dry run says; ValueError if the training does not fit."""
+    on_gpus = job.workers.device != "cpu"
+    plan = plan_training(
+        job.prior,
+        job.training,
+        job.workers.num_workers,
+        job.plan,
+        device="cuda" if on_gpus else "cpu",
+    )
+    lines = plan_lines(plan)
+    if on_gpus and (problem := does_not_fit(plan)):
+        print("\n".join(lines))
+        raise ValueError(problem)
+    return lines
 
 
 def train(job: TrainPriorJob) -> dict[str, Any]:

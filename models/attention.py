@@ -101,6 +101,12 @@ class MaskedAttention:
             )
         return folded_attention(qkv, self._folding(kind, qkv))
 
+    def keys_of(self, kind: LayerKind) -> int:
+        """Keys that a CPU makes scores of for an image token: all text, and a few blocks."""
+        mask = image_mask(kind, self.grid, self.conv_kernel)
+        folding = fold_mask(mask, self.text_len, by_column=kind == "column")
+        return self.text_len + folding.bias.shape[-1]
+
     def _folding(self, kind: LayerKind, qkv: Tensor) -> Folding:
         """Made once a kind, precision and device."""
         key = kind, qkv.dtype, qkv.device

@@ -12,6 +12,7 @@ from pipelines.training.optimizer import PriorOptimizerConfig
 from pipelines.training.prior_loop import Cadence
 from pipelines.training.prior_trainer import PriorTraining
 from pipelines.training.sharding import ShardingConfig
+from pipelines.training.training_plan import PlanConfig
 from pipelines.training.watchdog import WatchdogConfig
 
 
@@ -30,6 +31,8 @@ class TrainPriorJob(Job):
     cadence: Cadence = field(default_factory=Cadence)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     workers: WorkersConfig = field(default_factory=lambda: WorkersConfig(num_workers=1024))
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """What --dry-run takes for granted."""
 
     def __post_init__(self) -> None:
         self.training.check_workers(self.workers.num_workers)
@@ -73,10 +76,6 @@ TINY = TrainPriorJob(
     workers=WorkersConfig(num_workers=2),
 )
 
-# The training's memory is arithmetic: 20 bytes a parameter (fp32 weights, gradients, two moments,
-# average), 16 in the resblocks' matrices with 16-bit moments, over the workers, and a picture's
-# residual stream at every resblock, 4 bytes a number, which recomputation keeps. FLOP are 6 a
-# parameter and token; recomputation adds a third.
 SMALL = TrainPriorJob(
     output=Path("runs/small/prior"),
     prior=PriorConfig(n_layers=12, n_heads=12, d_model=768),
@@ -115,34 +114,63 @@ FIVE_POINT_SIX_BILLION = TrainPriorJob(
     workers=WorkersConfig(num_workers=64),
 )
 
+# What it takes for 12B to be updated on one card: 8 bytes a parameter. The batch is what fits, far
+# from the paper's, so the step size is small: to go on from a trained prior, or to measure.
+TWELVE_BILLION_ON_ONE_GPU = TrainPriorJob(
+    output=Path("runs/12b-one-gpu/prior"),
+    training=PriorTraining(
+        steps=1000,
+        batch_samples=5,  # one less than fits, by a plan that no GPU has confirmed
+        precision="bf16",
+        optimizer=PriorOptimizerConfig(
+            peak_lr=1e-5,
+            warmup_steps=100,
+            decay="cosine",
+            clip_norm=0.0,
+            master="split",
+            step="in_backward",
+        ),
+        averaging=AveragingConfig(keep_on="host"),
+        recompute="selective",
+    ),
+    cadence=Cadence(checkpoint_every=500),
+    workers=WorkersConfig(num_workers=1, device="gpu"),
+)
+
+# Memory and FLOP are the plan's (pipelines/training/training_plan.py); a test compares them.
 PRESETS: dict[str, tuple[str, TrainPriorJob]] = {
     "tiny": (
         "The quickstart's: 1,620,032 parameters, an 8×8 grid, minutes on two CPU cores.",
         TINY,
     ),
     "small": (
-        "123,271,680 parameters, 12 layers of 768; 2.5 GB of state and 3.0 GB for 32 pictures at "
-        "once on one GPU; 2.4e19 FLOP in 100,000 updates of 256 pictures.",
+        "123,271,680 parameters, 12 layers of 768; 7.1 GiB for 32 pictures at once on one GPU; "
+        "1.9e19 FLOP in 100,000 updates of 256 pictures.",
         SMALL,
     ),
     "1b": (
-        "983,018,496 parameters, 32 layers of 1536; 2.5 GB of state and 8.1 GB for 16 pictures at "
-        "once on each of 8 GPUs; 5.8e20 FLOP in 150,000 updates of 512 pictures.",
+        "983,018,496 parameters, 32 layers of 1536; 14.6 GiB for 16 pictures at once on each of 8 "
+        "GPUs; 5.6e20 FLOP in 150,000 updates of 512 pictures.",
         ONE_BILLION,
     ),
     "2.8b": (
-        "The paper's smallest: 2,928,258,816 parameters, 64 layers of 1920; 1.5 GB of state and "
-        "10.1 GB for 8 pictures at once on each of 32 GPUs; 9.9e21 FLOP in the paper's updates.",
+        "The paper's smallest: 2,928,258,816 parameters, 64 layers of 1920; 25.8 GiB for 8 "
+        "pictures at once on each of 32 GPUs; 9.8e21 FLOP in the paper's updates.",
         TWO_POINT_EIGHT_BILLION,
     ),
     "5.6b": (
-        "The paper's middle one: 5,684,999,424 parameters, 64 layers of 2688; 1.4 GB of state and "
-        "7.0 GB for 4 pictures at once on each of 64 GPUs; 1.9e22 FLOP in the paper's updates.",
+        "The paper's middle one: 5,684,999,424 parameters, 64 layers of 2688; 37.4 GiB for 4 "
+        "pictures at once on each of 64 GPUs; 1.9e22 FLOP in the paper's updates.",
         FIVE_POINT_SIX_BILLION,
     ),
     "12b": (
-        "The paper's: 12,292,833,024 parameters, 64 layers of 3968; 0.2 GB of state and 2.6 GB for "
-        "a picture on each of 1024 GPUs of 16 GB; 4.2e22 FLOP in 430,000 updates of 1024 pictures.",
+        "The paper's: 12,292,833,024 parameters, 64 layers of 3968; 25.3 GiB for 1 picture on each "
+        "of 1024 GPUs; 4.1e22 FLOP in 430,000 updates of 1024 pictures.",
         TrainPriorJob(),
+    ),
+    "12b-one-gpu": (
+        "The same model's updates on one GPU of 141 GB: 8 bytes a parameter, 126.9 GiB for 5 "
+        "pictures at once; 12,292,833,024 parameters; 4.7e17 FLOP in 1,000 updates.",
+        TWELVE_BILLION_ON_ONE_GPU,
     ),
 }

@@ -61,8 +61,7 @@ class PriorTraining:
     """Share of samples whose caption is left empty, for sampling with a cond_scale; not the
     paper's."""
     recompute: Recompute = "full"
-    """Activations made again in the backward pass: "none"; "selective": LayerNorm, attention and
-    GELU, but no large product; "full": all but every resblock's input, as in the paper."""
+    """Backwards: "selective": LayerNorm, attention, GELU; "full": whole resblocks, as the paper."""
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     seed: int = 0
 
@@ -190,8 +189,7 @@ class PriorTrainer:
                 loss = self.prior(micro.text_tokens, micro.image_tokens)
             (loss.total / parts).backward()
             losses += torch.stack([value.detach() for value in loss]) / parts
-        if isinstance(self.prior, FSDPModule):
-            reduce_vectors(self.prior)
+        reduce_vectors(self.prior)
         return losses
 
     def _masters(self) -> Iterator[tuple[str, Tensor]]:

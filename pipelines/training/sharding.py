@@ -114,6 +114,8 @@ def is_replicated(parameter: Tensor) -> bool:
 @torch.no_grad()
 def reduce_vectors(prior: Prior) -> None:
     """Replace the gradients of what is whole on every rank by their mean over the ranks."""
+    if not isinstance(prior, FSDPModule):
+        return
     gradients = [
         parameter.grad
         for parameter in prior.resblocks.parameters()

@@ -30,8 +30,8 @@ FULL_RANK = replace(WHOLE, power_sgd=PowerSGDConfig(enabled=True, share=2, wire=
 PAPER = replace(WHOLE, power_sgd=PowerSGDConfig(enabled=True))
 PAPER_IN_FP32 = replace(WHOLE, power_sgd=PowerSGDConfig(enabled=True, wire="fp32"))
 MATRIX, OTHER = "resblocks.1.c_fc.weight", "resblocks.3.c_fc.weight"
-LEARNER = replace(MODEL, d_model=32)
-UPDATES, MANY = 80, 64
+LEARNER = replace(MODEL, n_layers=1, d_model=32)
+UPDATES, MANY = 80, 48
 
 
 def trainer_of(training: PriorTraining) -> PriorTrainer:
@@ -173,7 +173,7 @@ def test_error_feedback_sends_in_the_end_all_that_there_was(told: dict[str, Any]
 
 
 def test_a_compressed_training_learns_as_a_whole_one(told: dict[str, Any]) -> None:
-    """At rank 4 to 5 of 16 or 32, in bf16: 97 % of what is learned in 80 updates."""
+    """At ranks 2 to 5 of 16 to 32, in bf16: 2.20 of the 2.26 nats that are learned without."""
     whole, compressed = told["whole"], told["compressed"]
     learned = sum(whole[:4]) / 4 - sum(whole[-4:]) / 4
     assert learned > 1.5

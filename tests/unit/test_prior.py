@@ -19,6 +19,7 @@ from models.prior import (
     PriorConfig,
     count_parameters,
 )
+from pipelines.training.training_plan import GIB, plan_training
 from tests.fixtures.models import random_prior
 
 SMALL = PriorConfig(
@@ -202,6 +203,7 @@ def test_the_default_prior_is_the_paper_s() -> None:
         ("2.8b", 2_928_258_816),
         ("5.6b", 5_684_999_424),
         ("12b", 12_292_833_024),
+        ("12b-one-gpu", 12_292_833_024),
     ],
 )
 def test_a_preset_has_the_parameters_and_the_cost_that_its_help_says(
@@ -215,13 +217,10 @@ def test_a_preset_has_the_parameters_and_the_cost_that_its_help_says(
     together, rest = divmod(training.batch_samples, workers * training.micro_batches)
     assert rest == 0
     if preset != "tiny":
-        stream = 4 * job.prior.d_model * job.prior.stream_len * job.prior.n_resblocks
-        flop = 6 * parameters * training.steps * training.batch_samples * job.prior.stream_len
-        matrices = 12 * job.prior.n_layers * job.prior.d_model**2
-        spared = 0 if training.optimizer.moments == "fp32" else 4 * matrices
-        assert f"{(20 * parameters - spared) / workers / 1e9:.1f} GB of state" in said
-        assert f"{together * stream / 1e9:.1f} GB for " in said
-        assert f"{flop:.1e}".replace("e+", "e") + " FLOP" in said
+        plan = plan_training(job.prior, training, workers, job.plan)
+        assert plan.fits
+        assert f"{plan.peak / GIB:.1f} GiB for {together} picture" in said
+        assert f"{plan.flop:.1e}".replace("e+", "e") + " FLOP" in said
 
 
 def test_layers_follow_the_paper_s_pattern_unless_attention_is_full() -> None:
