@@ -114,6 +114,7 @@ def _work(argument: dict[str, Any]) -> None:
         device=worker.device,
         rank=worker.rank,
         world_size=worker.world_size,
+        is_machine_leaving=workers.PreemptionNotices(),
     )
 
 

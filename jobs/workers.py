@@ -115,3 +115,24 @@ def this_worker() -> Worker:
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     return Worker(device, context.get_world_rank(), context.get_world_size())
+
+
+class PreemptionNotices:
+    """Whether the cluster has said, since the last time, that a worker's node is going away.
+
+    A checkpoint at once then, and the training goes on: it loses what it does from there to the
+    node's end, when Ray Train starts the group anew. That does not count as one of `max_failures`.
+    All workers must ask at the same time: Ray makes them wait for each other.
+    """
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+
+    def __call__(self) -> bool:
+        from ray import train
+
+        notice = train.get_preemption_info()
+        leaving = set(notice.preempted_node_ids) if notice else set()
+        is_news = not leaving <= self._known
+        self._known |= leaving
+        return is_news

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -50,7 +51,12 @@ class PriorStage:
 
 
 def run_prior_stage(
-    stage: PriorStage, *, device: torch.device, rank: int = 0, world_size: int = 1
+    stage: PriorStage,
+    *,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    is_machine_leaving: Callable[[], bool] = lambda: False,
 ) -> None:
     """Train on this rank; rank 0 writes metrics, previews, `result.json` and the model file.
 
@@ -80,7 +86,7 @@ def run_prior_stage(
         stage.output / ".heartbeats", stage.watchdog, rank=rank, world_size=world_size
     )
     with watchdog:
-        _train(stage, loader, held_out, desk, watchdog, device)
+        _train(stage, loader, held_out, desk, watchdog, device, is_machine_leaving)
 
 
 def _train(
@@ -90,6 +96,7 @@ def _train(
     desk: "_Desk | None",
     watchdog: Watchdog,
     device: torch.device,
+    is_machine_leaving: Callable[[], bool],
 ) -> None:
     finished = train_prior(
         stage.prior,
@@ -102,11 +109,13 @@ def _train(
         on_resume=desk.resume if desk else _ignore,
         on_weights=desk.keep if desk else _ignore,
         on_blocks=desk.record if desk else _ignore,
-        on_odd=desk.keep_odd if desk else _ignore,
+        on_odd=desk.keep_odd if desk else _ignore_odd,
         held_out=held_out,
         on_validation=desk.validate if desk else _ignore,
         is_asked_to_stop=StopRequest(stage.output).is_asked,
         beat=watchdog.beat,
+        on_notice=desk.notice if desk else _ignore,
+        is_machine_leaving=is_machine_leaving,
     )
     if desk and not finished:
         desk.tracker.notice("stopped, as it was asked to, after a checkpoint", desk.step)
@@ -152,13 +161,16 @@ class _Desk:
         self.losses = losses
         self.tracker.log_metrics(losses, step)
 
-    def keep_odd(self, step: int, why: str) -> None:
+    def keep_odd(self, step: int, batch: int, why: str) -> None:
         """Name the samples of an update, for somebody to look at them."""
-        keys = self.loader.all_keys_of(step - 1)
+        row = {"step": step, "batch": batch, "why": why, "keys": self.loader.all_keys_of(batch)}
         with (self.stage.output / ODD_FILE).open("a") as file:
-            file.write(json.dumps({"step": step, "why": why, "keys": keys}) + "\n")
+            file.write(json.dumps(row) + "\n")
         if "loss" in why:  # a scale that is too high is how fp16 finds its scale
             self.tracker.notice(f"update {step} is odd: {why}; its samples are in {ODD_FILE}", step)
+
+    def notice(self, step: int, text: str) -> None:
+        self.tracker.notice(text, step)
 
     def record(self, step: int, record: BlockRecord) -> None:
         self.blocks.add(record)
@@ -207,3 +219,7 @@ class _Desk:
 
 def _ignore(step: int, what: object) -> None:
     """Ranks other than the first keep nothing."""
+
+
+def _ignore_odd(step: int, batch: int, why: str) -> None:
+    """And name no samples."""

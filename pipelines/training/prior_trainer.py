@@ -30,6 +30,7 @@ from pipelines.training.parallelize import (
 )
 from pipelines.training.prior_updates import PriorUpdates
 from pipelines.training.sharding import ShardingConfig, reduce_vectors
+from pipelines.training.spikes import DataPosition, SpikeConfig, SpikeDetector
 from pipelines.training.token_loader import TokenBatch
 from pipelines.training.validation import HeldOut, held_out_losses
 
@@ -63,6 +64,7 @@ class PriorTraining:
     recompute: Recompute = "full"
     """Backwards: "selective": LayerNorm, attention, GELU; "full": whole resblocks, as the paper."""
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -142,6 +144,10 @@ class PriorTrainer:
             training.optimizer,
             scaled=training.scales_resblocks,
         )
+        self.data = DataPosition()
+        self.spikes = SpikeDetector(training.spikes)
+        self.has_spiked = False
+        """Whether the last update's loss was one spike too many."""
         self.step = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
@@ -165,6 +171,7 @@ class PriorTrainer:
         self.average.update(self._masters(), self.step)
         total, text, image = measured.losses
         self.step_size.update(total)
+        self.has_spiked = self.spikes.look(total)
         return {
             "loss": total,
             "text_loss": text,
@@ -239,6 +246,8 @@ class PriorTrainer:
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "step_size": self.step_size.plateau.state_dict(),
+            "data": self.data.state_dict(),
+            "spikes": self.spikes.state_dict(),
         }
         checkpoints.save(self.step, self._state(), progress)
 
@@ -252,6 +261,8 @@ class PriorTrainer:
         self.step, self.skipped = found.step, progress["skipped"]
         self.skipped_in_a_row = progress["skipped_in_a_row"]
         self.step_size.plateau.load_state_dict(progress["step_size"])
+        self.data.load_state_dict(progress["data"])
+        self.spikes.load_state_dict(progress["spikes"])
         return found.said
 
     def _state(self) -> dict[str, Any]:
