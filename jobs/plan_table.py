@@ -15,9 +15,10 @@ WIDTH = 100
 def plan_lines(plan: TrainingPlan) -> list[str]:
     """Readable, in plain text."""
     console = Console(file=io.StringIO(), width=WIDTH, no_color=True)
-    for table in (_work(plan), _memory(plan), _time(plan)):
+    on_gpus = plan.setting.device == "cuda"
+    for table in (_work(plan), _memory(plan), *([_time(plan)] if on_gpus else [])):
         console.print(table)
-    for line in (*_failures(plan), *_network(plan)):
+    for line in (*_failures(plan), *_network(plan)) if on_gpus else ():
         console.print(line, highlight=False, soft_wrap=True)
     assert isinstance(console.file, io.StringIO)
     return [line.rstrip() for line in console.file.getvalue().splitlines()]
@@ -59,7 +60,7 @@ def _work(plan: TrainingPlan) -> Table:
 
 
 def _memory(plan: TrainingPlan) -> Table:
-    table = Table(title="Memory of a worker at the worst moment")
+    table = Table(title="Memory of a worker, at most")
     table.add_column("kind")
     table.add_column("GiB", justify="right")
     for kind, size in plan.memory.items():

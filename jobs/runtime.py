@@ -1,7 +1,8 @@
 """What every job does the same way: parse, say, connect, end with a code.
 
 Exit codes: 0 done (or nothing to do), 1 failed, 2 refused (a flag, a preset or an input is wrong
-and nothing was written), 130 interrupted (run the same line again to go on).
+and nothing was written), 75 stopped by SIGTERM after a checkpoint, 130 interrupted (run the same
+line again to go on, after both).
 """
 
 import difflib
@@ -24,6 +25,7 @@ import tyro
 
 from pipelines.data.collapse import NetworkCollapsed
 from pipelines.data.storage import Location, canonical_json, refuse_secrets
+from pipelines.training.stopping import Stopped
 
 if TYPE_CHECKING:
     from jobs.configs.job import Job
@@ -43,6 +45,7 @@ QUIET_ENVIRONMENT = {
 # A dead MLflow server must cost seconds, not its default of seven retries of two minutes each.
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a limit of the process
+STOPPED = 75  # sysexits.h: try again later
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
 
 # State of this process: whether it started Ray, and whether jobs share it.
@@ -83,6 +86,9 @@ def run_job(
         return 0
     except SystemExit as end:  # a job within this job has said what is wrong
         return int(end.code or 0)
+    except Stopped:
+        print(f"{verb}: stopped after a checkpoint; run the same line again to go on")
+        return STOPPED
     except KeyboardInterrupt:
         print(f"{verb}: interrupted; run the same line again to go on", file=sys.stderr)
         return 130
@@ -226,6 +232,9 @@ def _say(verb: str, error: BaseException) -> int:
         print(f"{verb}: {cause}", file=sys.stderr)
         return 1
     if isinstance(cause, OSError) and cause.errno in FULL:
+        if cause.strerror != os.strerror(cause.errno):  # ours, which says more
+            print(f"{verb}: {cause.strerror}", file=sys.stderr)
+            return 1
         place = f" ({cause.filename})" if cause.filename else ""
         print(
             f"{verb}: the disk is full{place}; nothing that was committed is harmed: "

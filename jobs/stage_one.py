@@ -5,15 +5,14 @@ from functools import partial
 from typing import Any
 
 from jobs import runtime, workers
+from jobs.claimed_training import train_once
 from jobs.configs.stage_one import TrainStageOneJob
 from jobs.picture_stream import batches_of
 from jobs.progress import FollowMetrics
-from pipelines.data import plan
 from pipelines.data.stage import Manifest
-from pipelines.data.storage import sha256_file
 from pipelines.training import tracking
 from pipelines.training.picture_loader import PictureBatch
-from pipelines.training.run_directory import read_result, run_tags
+from pipelines.training.run_directory import run_tags
 from pipelines.training.stage_one_stage import StageOneStage, model_file, run_stage_one
 from pipelines.training.weights import build_stage_one, stage_one_kind
 
@@ -40,16 +39,15 @@ def train(job: TrainStageOneJob) -> dict[str, Any]:
     """Check the input, claim the output, train on the workers."""
     manifest = Manifest.load(job.filtered, stage="filter_pairs")
     kind = stage_one_kind(job.model)
-    made = model_file(job.output, job.model)
     settings = {kind: asdict(job.model), "training": asdict(job.training)}
     inputs = {"filtered": manifest.digest}
-    with plan.lease(job.output):
-        plan.claim(job.output, stage=f"train_{kind}", config=settings, inputs=inputs)
-        if made.exists():
-            runtime.nothing_to_do(made)
-        else:
-            _train(job, settings, inputs)
-    return {"model": str(made), "sha256": sha256_file(made)} | read_result(job.output)
+    return train_once(
+        model_file(job.output, job.model),
+        stage=f"train_{kind}",
+        settings=settings,
+        inputs=inputs,
+        train=lambda: _train(job, settings, inputs),
+    )
 
 
 def _train(job: TrainStageOneJob, settings: dict[str, Any], inputs: dict[str, str]) -> None:
@@ -64,7 +62,7 @@ def _train(job: TrainStageOneJob, settings: dict[str, Any], inputs: dict[str, st
             tags=run_tags(inputs, {"filtered": job.filtered}),
             directory=job.output,
             uri=uri,
-        ) as tracker,
+        ),
         FollowMetrics(
             job.output / tracking.METRICS_FILE,
             verb,
@@ -80,7 +78,6 @@ def _train(job: TrainStageOneJob, settings: dict[str, Any], inputs: dict[str, st
             training=job.training,
             cadence=job.cadence,
             tracking_uri=uri,
-            run_id=tracker.run_id,
         )
         workers.train_on_workers(
             work,

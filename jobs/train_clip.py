@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from jobs import runtime, workers
+from jobs.claimed_training import train_once
 from jobs.configs.train_clip import PRESETS, TrainClipJob
 from jobs.picture_stream import batches_of
 from jobs.progress import FollowMetrics
 from models.clip import count_parameters
-from pipelines.data import plan
 from pipelines.data.stage import Manifest
 from pipelines.data.storage import Location, sha256_file
 from pipelines.data.tokenizer import CaptionTokenizer
@@ -20,7 +20,7 @@ from pipelines.training import tracking
 from pipelines.training.clip_files import CLIP_FILE
 from pipelines.training.clip_stage import ClipStage, run_clip
 from pipelines.training.pair_loader import PairBatch
-from pipelines.training.run_directory import read_result, run_tags
+from pipelines.training.run_directory import run_tags
 from pipelines.training.weights import STAGE_ONE, read_header, stage_one_config
 
 STAGE = "train_clip"
@@ -55,15 +55,14 @@ def train(job: TrainClipJob) -> dict[str, Any]:
             f"got {job.clip.vocab_size}"
         )
     inputs = {"filtered": manifest.digest, "tokenizer": tokenizer.digest} | _dvae(job)
-    model_file = job.output / CLIP_FILE
     settings = {"clip": asdict(job.clip), "training": asdict(job.training)}
-    with plan.lease(job.output):
-        plan.claim(job.output, stage=STAGE, config=settings, inputs=inputs)
-        if model_file.exists():
-            runtime.nothing_to_do(model_file)
-        else:
-            _train(job, settings, inputs)
-    return {"model": str(model_file), "sha256": sha256_file(model_file)} | read_result(job.output)
+    return train_once(
+        job.output / CLIP_FILE,
+        stage=STAGE,
+        settings=settings,
+        inputs=inputs,
+        train=lambda: _train(job, settings, inputs),
+    )
 
 
 def _dvae(job: TrainClipJob) -> dict[str, str]:
@@ -96,7 +95,7 @@ def _train(job: TrainClipJob, settings: dict[str, Any], inputs: dict[str, str]) 
             tags=run_tags(inputs, parents),
             directory=job.output,
             uri=uri,
-        ) as tracker,
+        ),
         FollowMetrics(
             job.output / tracking.METRICS_FILE,
             STAGE,
@@ -114,7 +113,6 @@ def _train(job: TrainClipJob, settings: dict[str, Any], inputs: dict[str, str]) 
             training=job.training,
             cadence=job.cadence,
             tracking_uri=uri,
-            run_id=tracker.run_id,
         )
         workers.train_on_workers(
             _work,

@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from jobs import runtime, workers
+from jobs.claimed_training import train_once
 from jobs.configs.train_prior import PRESETS, TrainPriorJob
 from jobs.plan_table import does_not_fit, plan_lines
 from jobs.progress import FollowMetrics
-from pipelines.data import plan
 from pipelines.data.stage import Manifest
 from pipelines.data.storage import Location, sha256_file
 from pipelines.data.tokenizer import CaptionTokenizer
 from pipelines.training import tracking
 from pipelines.training.prior_stage import PRIOR_FILE, PriorStage, run_prior_stage
-from pipelines.training.run_directory import read_result, run_tags
+from pipelines.training.run_directory import run_tags
+from pipelines.training.stopping import StopRequest
 from pipelines.training.token_loader import check_inputs
 from pipelines.training.training_plan import plan_training
 from pipelines.training.weights import STAGE_ONE, read_header
@@ -53,16 +54,15 @@ def train(job: TrainPriorJob) -> dict[str, Any]:
         CaptionTokenizer.from_file(job.tokenizer),
         dvae_digest=sha256_file(job.dvae),
     )
-    model_file = job.output / PRIOR_FILE
     settings = {"prior": asdict(job.prior), "training": asdict(job.training)}
     inputs = {"tokens": manifest.digest} | manifest.inputs
-    with plan.lease(job.output):
-        plan.claim(job.output, stage="train_prior", config=settings, inputs=inputs)
-        if model_file.exists():
-            runtime.nothing_to_do(model_file)
-        else:
-            _train(job, settings, inputs)
-    return {"model": str(model_file), "sha256": sha256_file(model_file)} | read_result(job.output)
+    return train_once(
+        job.output / PRIOR_FILE,
+        stage="train_prior",
+        settings=settings,
+        inputs=inputs,
+        train=lambda: _train(job, settings, inputs),
+    )
 
 
 def _train(job: TrainPriorJob, settings: dict[str, Any], inputs: dict[str, str]) -> None:
@@ -81,7 +81,7 @@ def _train(job: TrainPriorJob, settings: dict[str, Any], inputs: dict[str, str])
             tags=run_tags(inputs, parents),
             directory=job.output,
             uri=uri,
-        ) as tracker,
+        ),
         FollowMetrics(
             job.output / tracking.METRICS_FILE,
             "train_prior",
@@ -98,9 +98,13 @@ def _train(job: TrainPriorJob, settings: dict[str, Any], inputs: dict[str, str])
             training=job.training,
             cadence=job.cadence,
             tracking_uri=uri,
-            run_id=tracker.run_id,
+            watchdog=job.watchdog,
         )
-        workers.train_on_workers(_work, {"stage": stage}, job.workers, job.output)
+        request = StopRequest(stage.output)
+        request.forget()
+        workers.train_on_workers(
+            _work, {"stage": stage}, job.workers, job.output, stop_request=request
+        )
 
 
 def _work(argument: dict[str, Any]) -> None:
@@ -110,6 +114,7 @@ def _work(argument: dict[str, Any]) -> None:
         device=worker.device,
         rank=worker.rank,
         world_size=worker.world_size,
+        is_machine_leaving=workers.PreemptionNotices(),
     )
 
 

@@ -5,11 +5,14 @@ import signal
 import threading
 import uuid
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from pipelines.training.stopping import StopRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +40,12 @@ def train_on_workers(
     output: Path,
     *,
     loaders_per_worker: int = 0,
+    stop_request: StopRequest | None = None,
 ) -> None:
     """Run `loop(argument)` on every worker, in one process group; raises what a worker raised.
 
     `loaders_per_worker` processes of one CPU each will be started by the loop beside each worker.
+    SIGTERM becomes a `stop_request`, if the loop heeds one; it then ends as if it were done.
 
     Checkpoints are the loop's own affair (pipelines.training.checkpoint): Ray Train 2.60 refuses to
     go on from a run whose snapshot file was cut off, so every attempt is a new Ray Train run to it.
@@ -74,16 +79,20 @@ def train_on_workers(
             name=f"attempt-{uuid.uuid4().hex[:8]}",
             storage_path=str((output / ".ray_train").resolve()),
             failure_config=FailureConfig(max_failures=workers.max_failures),
+            # Threads that spin while they wait take the processor from another worker's.
+            worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": "passive"}},
         ),
     )
     handler = signal.getsignal(signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()
     try:
-        trainer.fit()
+        with stop_request.on_sigterm() if stop_request and in_main_thread else nullcontext():
+            trainer.fit()
     except SystemExit as end:
         # Ray Train 2.60 answers Ctrl-C with an abort and sys.exit(0), as if all were done.
         raise KeyboardInterrupt from end
     finally:
-        if threading.current_thread() is threading.main_thread():
+        if in_main_thread:
             signal.signal(signal.SIGINT, handler)
 
 
@@ -106,3 +115,24 @@ def this_worker() -> Worker:
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     return Worker(device, context.get_world_rank(), context.get_world_size())
+
+
+class PreemptionNotices:
+    """Whether the cluster has said, since the last time, that a worker's node is going away.
+
+    A checkpoint at once then, and the training goes on: it loses what it does from there to the
+    node's end, when Ray Train starts the group anew. That does not count as one of `max_failures`.
+    All workers must ask at the same time: Ray makes them wait for each other.
+    """
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+
+    def __call__(self) -> bool:
+        from ray import train
+
+        notice = train.get_preemption_info()
+        leaving = set(notice.preempted_node_ids) if notice else set()
+        is_news = not leaving <= self._known
+        self._known |= leaving
+        return is_news

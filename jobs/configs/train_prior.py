@@ -13,6 +13,7 @@ from pipelines.training.prior_loop import Cadence
 from pipelines.training.prior_trainer import PriorTraining
 from pipelines.training.sharding import ShardingConfig
 from pipelines.training.training_plan import PlanConfig
+from pipelines.training.watchdog import WatchdogConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class TrainPriorJob(Job):
     prior: PriorConfig = field(default_factory=PriorConfig)
     training: PriorTraining = field(default_factory=PriorTraining)
     cadence: Cadence = field(default_factory=Cadence)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     workers: WorkersConfig = field(default_factory=lambda: WorkersConfig(num_workers=1024))
     plan: PlanConfig = field(default_factory=PlanConfig)
     """What --dry-run takes for granted."""

@@ -62,7 +62,7 @@ def claim(
         read_json(place / PLAN)
         raise OutputConflict(
             f"{place} was made with other settings or inputs; nothing was written. "
-            f"Choose another --output, or the settings it has:\n{_diff(found, wanted)}"
+            f"Choose another --output, or the settings it has:\n{difference(found, wanted)}"
         )
 
 
@@ -136,7 +136,8 @@ def _foreign_files(place: Location) -> list[str]:
     return sorted(name for name in names if not name.startswith("."))
 
 
-def _diff(found: bytes, wanted: bytes) -> str:
+def difference(found: bytes, wanted: bytes) -> str:
+    """The lines in which two JSON files differ, as a unified diff."""
     lines = difflib.unified_diff(
         found.decode().splitlines(),
         wanted.decode().splitlines(),

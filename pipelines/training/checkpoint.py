@@ -1,133 +1,272 @@
 """Checkpoints that are whole or not there: what a training resumes from.
 
-A checkpoint is a directory of its own: the shards of torch.distributed.checkpoint, `progress.json`,
-and `COMPLETE`, written last, with every file's size and SHA-256. It can be read by any number of
-ranks.
+The state is copied to the host, which the training waits for, and then written, hashed and
+declared whole by a thread. A checkpoint can be read by any number of ranks.
 """
 
-import json
+import errno
+import platform
 import shutil
+import threading
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from pipelines.data.storage import canonical_json, create_once, sha256_file
+from pipelines.data.plan import OutputConflict, difference
+from pipelines.data.storage import canonical_json, create_once
+from pipelines.training import checkpoint_files
 
-COMPLETE = "COMPLETE"
-PROGRESS = "progress.json"
+WRITERS = 2  # files of a rank, and threads that write and hash them
+SPARE_BYTES = 16 << 20  # for what is small: progress, names, metadata
 
 
-def save(
-    root: Path, step: int, state: dict[str, Any], progress: Mapping[str, Any], keep: int
-) -> None:
-    """Save `state` (tensors) and `progress` (JSON) after update `step`; called by every rank.
+class Resumed(NamedTuple):
+    """What a training goes on from."""
 
-    All but the `keep` newest complete checkpoints are removed, after this one is complete.
+    step: int
+    """Updates that were made; 0 if there was nothing to go on from."""
+    progress: dict[str, Any]
+    state: dict[str, Any]
+    said: list[str]
+    """What a person must know."""
+
+
+class Checkpoints:
+    """The checkpoints of one training. Every rank has one, and calls it at the same updates.
+
+    Leaving the context waits for the checkpoint that is being written. The thread speaks to other
+    ranks in a group of its own: a collective of the training's group must not meet one of its.
     """
-    path = root / _agree(f"step-{step:08d}.{uuid.uuid4().hex[:8]}")
-    path.mkdir(parents=True, exist_ok=True)
-    dcp.save(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-    if _rank() == 0:
-        create_once(path / PROGRESS, canonical_json({"step": step} | dict(progress)))
-    files = _hash_own_files(path)
-    if _rank() == 0:
-        create_once(path / COMPLETE, canonical_json({"step": step, "files": files}))
-        _remove_old(root, keep)
-    _barrier()
 
+    def __init__(self, root: Path, *, keep: int, settings: Mapping[str, Any]) -> None:
+        """`keep` at least two; `settings` are JSON: a checkpoint of others is refused."""
+        if keep < 2:
+            raise ValueError(
+                f"keep_checkpoints must be at least 2, got {keep}: if the newest turns out to be "
+                "damaged, the one before it is needed"
+            )
+        self.root, self.keep, self.settings = root, keep, dict(settings)
+        self.blocked_seconds = 0.0
+        """That saving has kept the training waiting."""
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._rank = dist.get_rank() if dist.is_initialized() else 0
+        self._buffers = BlockingAsyncStager(cache_staged_state_dict=True)
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._refused: set[str] = set()
 
-def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose every file is as written, and why newer ones were refused."""
-    found: tuple[str | None, list[str]] | None = None
-    if _rank() == 0:
-        found = _search(root)
-    path, rejected = _agree(found)
-    return (None if path is None else Path(path)), rejected
+    def __enter__(self) -> Self:
+        return self
 
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.wait()
+        elif self._thread is not None:
+            self._thread.join()  # what it says is less than why the training ends
 
-def load(path: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """Fill `state` in place from a checkpoint; the progress it was saved with."""
-    dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-    progress: dict[str, Any] = json.loads((path / PROGRESS).read_bytes())
-    return progress
+    def save(self, step: int, state: dict[str, Any], progress: Mapping[str, Any]) -> None:
+        """Begin to save `state` (tensors) and `progress` (JSON) after update `step`.
 
+        Raises what went wrong with the checkpoint before, and OSError if the disk is too full; the
+        older checkpoints then are as they were.
+        """
+        started = time.monotonic()
+        self.wait()
+        staged = self._staged(state)
+        path, problem = self._agree(self._begin, step, staged)
+        if problem:
+            raise OSError(errno.ENOSPC, problem)
+        about = {
+            "step": step,
+            "settings": self.settings,
+            "versions": _versions(),
+            "progress": dict(progress),
+        }
+        arguments = (path, staged, canonical_json(about), step)
+        # A daemon: a process whose peers have died must be able to end.
+        self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
+        self._thread.start()
+        self.blocked_seconds += time.monotonic() - started
 
-def _search(root: Path) -> tuple[str | None, list[str]]:
-    rejected: list[str] = []
-    for path in sorted(_attempts(root), reverse=True):
-        problem = _problem(path)
+    @property
+    def is_writing(self) -> bool:
+        """Whether the last checkpoint is not whole yet."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Until the last checkpoint is whole; raises what went wrong with it."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def resume(self, state: dict[str, Any]) -> Resumed:
+        """Fill `state` in place from the newest valid checkpoint, if there is one.
+
+        Raises OutputConflict for a checkpoint of other settings, OSError if the disk cannot take
+        those to come.
+        """
+        path, said = self.newest_valid()
+        said = [f"checkpoint refused: {reason}" for reason in said]
+        if problem := self._agree(self._missing_space_for_all, state):
+            raise OSError(errno.ENOSPC, problem)
+        if path is None:
+            return Resumed(0, {}, state, said)
+        about = checkpoint_files.read_progress(path)
+        self._check_settings(path, about)
+        dcp.load(state, checkpoint_id=path, process_group=self._group, no_dist=not self._group)
+        if about["versions"] != _versions():
+            said.append(
+                f"{path.name} was saved under {about['versions']}, and the training goes on under "
+                f"{_versions()}: it may not end in the same bits"
+            )
+        said.append(f"resumed after step {about['step']} from {path.name}")
+        return Resumed(about["step"], about["progress"], state, said)
+
+    def newest_valid(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint whose every file is as written, and why newer ones were refused."""
+        rejected: list[str] = []
+        for path in self._agree(checkpoint_files.attempts, self.root):
+            problem = self._problem(path)
+            if problem is None:
+                return path, rejected
+            rejected.append(f"{path.name}: {problem}")
+            self._refused.add(path.name)
+        return None, rejected
+
+    def _problem(self, path: Path) -> str | None:
+        """What is wrong with a checkpoint; every rank reads its share of the files."""
+        problem, files = self._agree(checkpoint_files.listed_files, path)
+        if problem is not None:
+            return str(problem)
+        ranks = dist.get_world_size() if self._group else 1
+        own = dict(list(files.items())[self._rank :: ranks])
+        found = self._gather(checkpoint_files.changed_file(path, own))
+        return next((problem for problem in found if problem is not None), None)
+
+    def _check_settings(self, path: Path, about: Mapping[str, Any]) -> None:
+        found, wanted = canonical_json(about.get("settings", {})), canonical_json(self.settings)
+        if found != wanted:
+            raise OutputConflict(
+                f"{path} was saved by a training with other settings; nothing was loaded. Choose "
+                f"another output, or the settings it has:\n{difference(found, wanted)}"
+            )
+
+    def _staged(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A copy on the host, in memory that is used again and again."""
+        with torch.no_grad():
+            if self._buffers.state_dict_cache is None and not torch.cuda.is_available():
+                # Memory can be pinned with CUDA only, and the stager would pin it.
+                self._buffers.state_dict_cache = BlockingAsyncStager().stage(state)
+            return self._buffers.stage(state)
+
+    def _begin(self, step: int, staged: dict[str, Any]) -> tuple[Path, str | None]:
+        """A new directory, or why there is none."""
+        name = checkpoint_files.directory_name(step, uuid.uuid4().hex[:8])
+        problem = self._missing_space(_bytes(staged))
         if problem is None:
-            return str(path), rejected
-        rejected.append(f"{path.name}: {problem}")
-    return None, rejected
+            (self.root / name).mkdir(parents=True)
+        return self.root / name, problem
+
+    def _missing_space_for_all(self, state: dict[str, Any]) -> str | None:
+        """For the checkpoints that are still to come, beside those that are there."""
+        there = sum(map(checkpoint_files.is_complete, checkpoint_files.attempts(self.root)))
+        return self._missing_space(_bytes(state) * max(1, self.keep + 1 - there))
+
+    def _missing_space(self, needed: int) -> str | None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.root).free
+        if free >= needed + SPARE_BYTES:
+            return None
+        return (
+            f"{self.root} must have {needed / 1e9:.3f} GB free for checkpoints ({self.keep} are "
+            f"kept, and one more while it is written), it has {free / 1e9:.3f} GB: make room or "
+            "lower cadence.keep_checkpoints; the checkpoints that are there are as they were"
+        )
+
+    def _write(self, path: Path, staged: dict[str, Any], about: bytes, step: int) -> None:
+        try:
+            dcp.save(
+                staged,
+                storage_writer=dcp.FileSystemWriter(path, sync_files=False, thread_count=WRITERS),
+                process_group=self._group,
+                no_dist=not self._group,
+            )
+            if self._rank == 0:
+                create_once(path / checkpoint_files.PROGRESS, about)
+            self._complete(path, step)
+        except Exception as error:
+            self._error = error
+
+    def _complete(self, path: Path, step: int) -> None:
+        """When every rank's files are on the disk; an error of any rank is raised on all."""
+        files: dict[str, checkpoint_files.Written] = {}
+        for written, problem in self._gather(_attempt(checkpoint_files.settle, path, self._rank)):
+            if problem:
+                raise OSError(f"{path} could not be saved: {problem}")
+            files |= written
+
+        def declare() -> None:
+            checkpoint_files.complete(path, step, files)
+            checkpoint_files.remove_old(self.root, path, self.keep, self._refused)
+
+        _, problem = self._agree(_attempt, declare)
+        if problem:
+            raise OSError(f"{path} could not be saved: {problem}")
+
+    def _gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        if self._group is None:
+            return [value]
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, value, group=self._group)
+        return everyone
+
+    def _agree(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function gives on rank 0, on every rank."""
+        box = [function(*arguments) if self._rank == 0 else None]
+        if self._group is not None:
+            dist.broadcast_object_list(box, src=0, group=self._group, device=torch.device("cpu"))
+        return box[0]
 
 
-def _problem(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it is whole."""
-    if not (path / COMPLETE).exists():
-        return "it was not finished"
+def _attempt(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
+    """What a function gives, or why it does not."""
     try:
-        files = json.loads((path / COMPLETE).read_bytes())["files"]
-    except (ValueError, KeyError):
-        return f"{COMPLETE} is not readable"
-    for name, wanted in files.items():
-        file = path / name
-        if not file.exists():
-            return f"{name} is missing"
-        if file.stat().st_size != wanted["bytes"]:
-            return f"{name} must have {wanted['bytes']} bytes, has {file.stat().st_size}"
-        if sha256_file(file) != wanted["sha256"]:
-            return f"{name} has changed since it was written"
-    return None
+        return function(*arguments), None
+    except OSError as error:
+        return None, str(error)
 
 
-def _hash_own_files(path: Path) -> dict[str, dict[str, Any]]:
-    """Sizes and hashes of the checkpoint's files; each rank reads what it wrote."""
-    own = [file for file in path.iterdir() if file.name.startswith(f"__{_rank()}_")]
-    if _rank() == 0:
-        own += [path / ".metadata", path / PROGRESS]
-    mine = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in own}
-    if not dist.is_initialized():
-        return mine
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return {name: entry for files in everyone for name, entry in files.items()}
+def _versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "python": platform.python_version()}
 
 
-def _remove_old(root: Path, keep: int) -> None:
-    complete = [path for path in _attempts(root) if (path / COMPLETE).exists()]
-    for path in sorted(complete)[:-keep]:
-        (path / COMPLETE).unlink()  # first: a half-removed checkpoint must not look whole
-        shutil.rmtree(path)
+def _bytes(state: Any) -> int:
+    """Of all ranks' tensors, each counted once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(state))
 
 
-def _attempts(root: Path) -> list[Path]:
-    return list(root.glob("step-*")) if root.exists() else []
-
-
-def _agree(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, device=_object_device())
-    return box[0]
-
-
-def _object_device() -> torch.device:
-    on_gpu = dist.get_backend() == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def _tensors(state: Any) -> Iterator[Tensor]:
+    for value in state.values():
+        if isinstance(value, Tensor):
+            yield value
+        else:
+            yield from _tensors(value)

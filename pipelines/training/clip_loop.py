@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from models.clip import ClipConfig
 from models.stage_one import StageOne
+from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.clip_trainer import ClipTrainer
 from pipelines.training.clip_training import ClipCadence, ClipTraining
 from pipelines.training.pace import Pace, due
@@ -44,10 +46,12 @@ def train_clip(
     trainer = ClipTrainer(
         config, training, device=device, rank=rank, world_size=world_size, stage_one=stage_one
     )
-    said = trainer.resume(checkpoints)
+    settings = {"model": asdict(config), "training": asdict(training)}
+    saved = Checkpoints(checkpoints, keep=cadence.keep_checkpoints, settings=settings)
+    said = trainer.resume(saved)
     on_resume(trainer.step, said)
     pace, spoilers, unusable = Pace(trainer.step), Spoilers(keys, world_size), 0
-    with batches(trainer.step, training.steps) as stream:
+    with saved, batches(trainer.step, training.steps) as stream:
         while trainer.step < training.steps:
             batch = pace.take(stream)
             unusable += batch.pictures.unusable
@@ -58,7 +62,7 @@ def train_clip(
                 metrics = trainer.metrics(update, unusable)
                 on_log(trainer.step, metrics | pace.rates(trainer.step, training.batch_samples))
             if is_due(cadence.checkpoint_every):
-                trainer.save(checkpoints, cadence.keep_checkpoints)
+                trainer.save(saved)
             if is_due(cadence.validate_every):
                 on_weights(trainer.step, trainer.replica.average.state_dict())
     return trainer.replica.average.state_dict()

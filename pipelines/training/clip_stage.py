@@ -38,7 +38,7 @@ class ClipStage:
     training: ClipTraining
     cadence: ClipCadence
     tracking_uri: str
-    run_id: str | None
+    """Empty for none."""
 
     @property
     def batch_bytes(self) -> int:
@@ -97,7 +97,7 @@ class _Desk:
         self.stage, self.device = stage, device
         self.manifest = Manifest.load(stage.filtered, stage="filter_pairs")
         self.tokenizer = CaptionTokenizer.from_file(stage.tokenizer)
-        self.tracker = Tracker(stage.output, stage.tracking_uri, stage.run_id)
+        self.tracker = Tracker(stage.output, stage.tracking_uri)
         self.split, self.rows = _judged(self.manifest)
         self.metrics: dict[str, float] = {}
         self.retrieval: dict[str, float] = {}

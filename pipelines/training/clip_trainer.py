@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from models.clip import Clip, ClipConfig, contrastive_loss
 from models.stage_one import StageOne
+from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.clip_training import ClipTraining
 from pipelines.training.gathering import gather_of
 from pipelines.training.pair_loader import PairBatch
@@ -108,13 +108,13 @@ class ClipTrainer:
             "lr": self.training.lr(self.step - 1),
         }
 
-    def save(self, root: Path, keep: int) -> None:
+    def save(self, checkpoints: Checkpoints) -> None:
         """A checkpoint after the current step; every rank must call it."""
-        self.replica.save(root, keep, {})
+        self.replica.save(checkpoints, {})
 
-    def resume(self, root: Path) -> list[str]:
+    def resume(self, checkpoints: Checkpoints) -> list[str]:
         """Go on from the newest valid checkpoint, if there is one; what is to be said about it."""
-        return self.replica.resume(root, {})
+        return self.replica.resume(checkpoints, {})
 
 
 def _as_they_are(pixels: Tensor, step: int) -> Tensor:

@@ -85,7 +85,7 @@ class ClipCadence:
     """Pairs of the validation split that are looked up among each other; a smaller split whole."""
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "checkpoint_every", "keep_checkpoints", "validate_every"):
+        for name in ("log_every", "checkpoint_every", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.validation_pairs < 2:

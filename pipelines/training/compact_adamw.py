@@ -5,7 +5,7 @@ the paper's formats, and if asked for their fp32 weights as a bf16 weight and th
 lacks. Gains, biases, embeddings and heads keep everything in fp32 (paper, appendix D.2).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -39,12 +39,20 @@ class CompactAdamW(torch.optim.Optimizer):
                 self._prepare(parameter, group["compact"], split_weights)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
+    def step(self, closure: None = None, *, factor: float = 1.0) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient, with `factor` times it.
+
+        A gradient of bf16 is multiplied in fp32, and nothing is written back to it.
+        """
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self.update(parameter, parameter.grad)
+                gradient = parameter.grad
+                if gradient is None:
+                    continue
+                unscale = None
+                if factor != 1.0:
+                    unscale = torch.full((), factor, device=gradient.device)
+                self.update(parameter, gradient, unscale=unscale)
 
     @torch.no_grad()
     def update(

@@ -41,12 +41,9 @@ def squared_norms(blocks: Sequence[Sequence[nn.Parameter]]) -> Tensor:
     return torch.stack([part.sum() for part in parts])
 
 
-def clip_(parameters: Sequence[nn.Parameter], norm: float, largest: float) -> None:
-    """Shrink all gradients so that their global norm, which is `norm`, is at most `largest`."""
-    if norm <= largest:
-        return
-    gradients = [local(p.grad) for p in parameters if p.grad is not None]
-    torch._foreach_mul_(gradients, largest / (norm + 1e-6))
+def clip_factor(norm: float, largest: float) -> float:
+    """What gradients of a global norm are multiplied by so that it is at most `largest`, if any."""
+    return 1.0 if not largest or norm <= largest else largest / (norm + 1e-6)
 
 
 def n_shards(parameter: Tensor) -> int:

@@ -1,8 +1,8 @@
 """The training loop of the prior: without Ray or MLflow, on one process or many."""
 
-import time
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -10,8 +10,12 @@ from torch import Tensor
 
 from models.prior import Prior, PriorConfig
 from pipelines.training.block_history import BlockRecord
+from pipelines.training.checkpoint import Checkpoints
+from pipelines.training.pace import Pace, due
 from pipelines.training.prior_trainer import PriorTrainer, PriorTraining
+from pipelines.training.rewinding import rewind_from_spike
 from pipelines.training.token_loader import TokenLoader
+from pipelines.training.validation import HeldOut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +27,17 @@ class Cadence:
     keep_checkpoints: int = 2
     sample_every: int = 5000
     """Average weights are gathered on rank 0 and sampled from."""
+    validate_every: int = 1000
+    """Losses on held-out rows, with the weights as they are and averaged."""
+    validation_samples: int = 1024
+    """Rows of the validation split that are looked at; a smaller split whole."""
+    ask_every: int = 20
+    """Whether a machine is about to go away: all ranks wait for the answer together."""
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise ValueError(f"cadence.{name} must be at least 1, got {value}")
 
 
 def train_prior(
@@ -37,41 +52,67 @@ def train_prior(
     on_resume: Callable[[int, list[str]], None],
     on_weights: Callable[[int, dict[str, Tensor]], None],
     on_blocks: Callable[[int, BlockRecord], None] = lambda step, record: None,
-) -> None:
-    """Train to the last step; the effects are the caller's.
+    on_odd: Callable[[int, int, str], None] = lambda step, batch, why: None,
+    held_out: HeldOut | None = None,
+    on_validation: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
+    is_asked_to_stop: Callable[[], bool] = lambda: False,
+    beat: Callable[[str], None] = lambda doing: None,
+    on_notice: Callable[[int, str], None] = lambda step, text: None,
+    is_machine_leaving: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Train to the last step, or until any rank is asked to stop; whether it is the last.
 
-    `on_log` takes metrics and `on_blocks` the resblocks' record, every `log_every` steps,
-    `on_weights` the averaged weights, every `sample_every` steps and at the end; empty on all ranks
-    but 0. Every rank calls them; the caller acts on rank 0.
+    The effects are the caller's. `on_log` takes metrics and `on_blocks` the resblocks' record,
+    every `log_every` steps, `on_weights` the averaged weights, every `sample_every` steps and at
+    the end; empty on all ranks but 0. `on_validation` takes the losses on `held_out`, if there are
+    such rows, every `validate_every` steps and at the end. `on_odd` is told of updates whose loss
+    jumped, or that were skipped, and their batches' numbers; `on_notice` takes words for a person.
+    Every rank calls them; the caller acts on rank 0. `beat` is told
+    what comes next. `is_machine_leaving` is asked every `ask_every` steps, by all ranks together,
+    and gives all the same: once true, there is a checkpoint at once, and the training goes on.
     """
     trainer = PriorTrainer(model, training, device)
-    said = trainer.resume(checkpoints)
+    settings = {"prior": asdict(model), "training": asdict(training)}
+    saved = Checkpoints(checkpoints, keep=cadence.keep_checkpoints, settings=settings)
+    said = trainer.resume(saved)
     on_resume(trainer.step, said)
-    clock = time.monotonic()
-    waited = 0.0
-    while trainer.step < training.steps:
-        asked = time.monotonic()
-        batch = loader.batch(trainer.step)
-        waited += time.monotonic() - asked
-        metrics = trainer.update(batch)
-        step = trainer.step
-        last = step == training.steps
-        if step % cadence.log_every == 0 or last:
-            elapsed = time.monotonic() - clock
-            span = (step - 1) % cadence.log_every + 1
-            rates = {
-                "images_per_second": span * training.batch_samples / elapsed,
-                "data_wait": waited / elapsed,
-            }
-            record = trainer.block_record()
-            on_log(step, {**metrics, **rates, **_scale_metrics(trainer, record)})
-            on_blocks(step, record)
-            clock, waited = time.monotonic(), 0.0
-        if step % cadence.checkpoint_every == 0 or last:
-            trainer.save(checkpoints, cadence.keep_checkpoints)
-        if step % cadence.sample_every == 0 and not last:
-            on_weights(step, trainer.averaged_weights())
+    pace = Pace(trainer.step)
+    batches = map(loader.batch, trainer.data)
+    with saved:
+        while trainer.step < training.steps:
+            beat(f"the batch of update {trainer.step + 1}")
+            batch = pace.take(batches)
+            beat(f"update {trainer.step + 1}")
+            metrics = trainer.update(batch, stop=is_asked_to_stop())
+            step = trainer.step
+            if why := _odd(trainer, metrics):
+                on_odd(step, trainer.data.next - 1, why)
+            is_due = due(step, training.steps)
+            if is_due(cadence.log_every):
+                record = trainer.block_record()
+                rates = pace.rates(step, training.batch_samples)
+                on_log(step, {**metrics, **rates, **_scale_metrics(trainer, record)})
+                on_blocks(step, record)
+            if held_out and is_due(cadence.validate_every):
+                beat("the losses on held-out rows")
+                on_validation(step, trainer.held_out_losses(held_out))
+            # No checkpoint amid a spike that the training will go back from.
+            spikes = trainer.spikes.may_be_followed_by_rewind
+            leaving = step % cadence.ask_every == 0 and is_machine_leaving()
+            save = is_due(cadence.checkpoint_every) and not spikes
+            if save or leaving or trainer.stop_asked:
+                beat("the checkpoint")
+                trainer.save(saved)
+            if trainer.stop_asked and step < training.steps:
+                return False
+            if step % cadence.sample_every == 0 and step < training.steps:
+                beat("the pictures")
+                on_weights(step, trainer.averaged_weights())
+            if trainer.has_spiked and rewind_from_spike(trainer, saved, on_notice, on_resume):
+                pace = Pace(trainer.step)
+    beat("the model file")
     on_weights(trainer.step, trainer.averaged_weights())
+    return True
 
 
 def load_weights(model: PriorConfig, weights: dict[str, Tensor]) -> Prior:
@@ -91,3 +132,13 @@ def _scale_metrics(trainer: PriorTrainer, record: BlockRecord) -> dict[str, floa
         "gradient_scale_log2.mean": float(record.scales.mean()),
         "gradient_scale_log2.highest": float(record.scales.max()),
     }
+
+
+def _odd(trainer: PriorTrainer, metrics: dict[str, float]) -> str:
+    """What is odd about the last update; empty if nothing is. The same on all ranks."""
+    loss = metrics["loss"]
+    if not math.isfinite(loss):
+        return f"its loss is {loss}"
+    if trainer.skipped_in_a_row:
+        return "its gradient is not finite"
+    return f"its loss jumped to {loss:.4f}" if trainer.spikes.in_a_row else ""

@@ -1,7 +1,9 @@
 """One worker's part of training a prior: reads the inputs, trains, keeps the results."""
 
+import json
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +21,15 @@ from pipelines.training.prior_loop import Cadence, load_weights, train_prior
 from pipelines.training.prior_trainer import PriorTraining
 from pipelines.training.run_directory import write_result
 from pipelines.training.scale_picture import scale_picture
+from pipelines.training.stopping import StopRequest
 from pipelines.training.token_loader import TokenLoader
 from pipelines.training.tracking import Tracker
+from pipelines.training.validation import HeldOut
+from pipelines.training.watchdog import Watchdog, WatchdogConfig
 from pipelines.training.weights import load_stage_one, save_model
 
 PRIOR_FILE = "prior.safetensors"
+ODD_FILE = "odd_updates.jsonl"
 PREVIEW_PROMPTS = 8
 PREVIEW_SAMPLES = 4
 
@@ -40,13 +46,22 @@ class PriorStage:
     training: PriorTraining
     cadence: Cadence
     tracking_uri: str
-    run_id: str | None
+    """Empty for none."""
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
 
 def run_prior_stage(
-    stage: PriorStage, *, device: torch.device, rank: int = 0, world_size: int = 1
+    stage: PriorStage,
+    *,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    is_machine_leaving: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Train on this rank; rank 0 writes metrics, previews, `result.json` and the model file."""
+    """Train on this rank; rank 0 writes metrics, previews, `result.json` and the model file.
+
+    If it is asked to stop (`StopRequest(stage.output)`), it makes a checkpoint and no model file.
+    """
     manifest = Manifest.load(stage.tokens, stage="encode_pairs")
     tokenizer = CaptionTokenizer.from_file(stage.tokenizer)
     loader = TokenLoader(
@@ -60,8 +75,30 @@ def run_prior_stage(
         rank=rank,
         world_size=world_size,
     )
-    desk = _Desk(stage, manifest, loader, tokenizer) if rank == 0 else None
-    train_prior(
+    held_out = HeldOut(
+        manifest,
+        tokenizer,
+        text_len=stage.prior.text_len,
+        samples=stage.cadence.validation_samples,
+    )
+    desk = _Desk(stage, manifest, loader, tokenizer, held_out) if rank == 0 else None
+    watchdog = Watchdog(
+        stage.output / ".heartbeats", stage.watchdog, rank=rank, world_size=world_size
+    )
+    with watchdog:
+        _train(stage, loader, held_out, desk, watchdog, device, is_machine_leaving)
+
+
+def _train(
+    stage: PriorStage,
+    loader: TokenLoader,
+    held_out: HeldOut,
+    desk: "_Desk | None",
+    watchdog: Watchdog,
+    device: torch.device,
+    is_machine_leaving: Callable[[], bool],
+) -> None:
+    finished = train_prior(
         stage.prior,
         stage.training,
         cadence=stage.cadence,
@@ -72,7 +109,16 @@ def run_prior_stage(
         on_resume=desk.resume if desk else _ignore,
         on_weights=desk.keep if desk else _ignore,
         on_blocks=desk.record if desk else _ignore,
+        on_odd=desk.keep_odd if desk else _ignore_odd,
+        held_out=held_out,
+        on_validation=desk.validate if desk else _ignore,
+        is_asked_to_stop=StopRequest(stage.output).is_asked,
+        beat=watchdog.beat,
+        on_notice=desk.notice if desk else _ignore,
+        is_machine_leaving=is_machine_leaving,
     )
+    if desk and not finished:
+        desk.tracker.notice("stopped, as it was asked to, after a checkpoint", desk.step)
 
 
 class _Desk:
@@ -84,22 +130,47 @@ class _Desk:
         manifest: Manifest,
         loader: TokenLoader,
         tokenizer: CaptionTokenizer,
+        held_out: HeldOut,
     ) -> None:
+        self.held_out = held_out
         self.stage, self.manifest, self.loader, self.tokenizer = stage, manifest, loader, tokenizer
-        self.tracker = Tracker(stage.output, stage.tracking_uri, stage.run_id)
+        self.tracker = Tracker(stage.output, stage.tracking_uri)
         self.blocks = BlockHistory(stage.output)
         self.metrics: dict[str, float] = {}
-        self.started = time.monotonic()
+        self.losses: dict[str, float] = {}
+        self.step, self.started = 0, time.monotonic()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self.metrics = metrics
+        self.step, self.metrics = step, metrics
         self.tracker.log_metrics(metrics, step)
 
     def resume(self, step: int, said: list[str]) -> None:
+        self.step = step
         self.tracker.rewind(step)
         self.blocks.rewind(step)
         for line in said:
-            print(line, flush=True)
+            self.tracker.notice(line, step)
+        if not self.held_out and not step:
+            self.tracker.notice(
+                f"{self.manifest.path} holds no validation rows: losses are those of what is "
+                "learned (filter_pairs --validation-fraction)",
+                step,
+            )
+
+    def validate(self, step: int, losses: dict[str, float]) -> None:
+        self.losses = losses
+        self.tracker.log_metrics(losses, step)
+
+    def keep_odd(self, step: int, batch: int, why: str) -> None:
+        """Name the samples of an update, for somebody to look at them."""
+        row = {"step": step, "batch": batch, "why": why, "keys": self.loader.all_keys_of(batch)}
+        with (self.stage.output / ODD_FILE).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if "loss" in why:  # a scale that is too high is how fp16 finds its scale
+            self.tracker.notice(f"update {step} is odd: {why}; its samples are in {ODD_FILE}", step)
+
+    def notice(self, step: int, text: str) -> None:
+        self.tracker.notice(text, step)
 
     def record(self, step: int, record: BlockRecord) -> None:
         self.blocks.add(record)
@@ -114,7 +185,7 @@ class _Desk:
         result = {
             "steps": step,
             "training_seconds": round(time.monotonic() - self.started, 1),
-            **{name: round(value, 5) for name, value in self.metrics.items()},
+            **{name: round(value, 5) for name, value in (self.metrics | self.losses).items()},
         }
         write_result(self.stage.output, result)
         save_model(
@@ -131,17 +202,24 @@ class _Desk:
         )
 
     def _preview(self, step: int, weights: dict[str, Tensor]) -> None:
-        """Sample a few captions of the training set, so that the eye can follow."""
+        """Sample captions, learned and held out, always the same ones, for the eye to follow."""
         dvae, _ = load_stage_one(self.stage.dvae)
         prior = load_weights(self.stage.prior, weights)
         sampler = Sampler(prior, dvae, self.tokenizer)
-        spread = np.linspace(0, len(self.loader) - 1, min(PREVIEW_PROMPTS, len(self.loader)))
-        prompts = [self.loader.captions[int(row)] for row in spread]
+        unseen = self.held_out.captions[: PREVIEW_PROMPTS // 2]
+        learned = min(PREVIEW_PROMPTS - len(unseen), len(self.loader))
+        spread = np.linspace(0, len(self.loader) - 1, learned)
+        prompts = [*(self.loader.captions[int(row)] for row in spread), *unseen]
         samples = sampler.sample(prompts, n=PREVIEW_SAMPLES, seed=0)
         sampled = [[sample.pixels for sample in row] for row in samples]
-        rows = list(zip(prompts, sampled, strict=True))
+        titles = [*prompts[:learned], *(f"held out: {prompt}" for prompt in unseen)]
+        rows = list(zip(titles, sampled, strict=True))
         self.tracker.log_image("samples", captioned_rows(rows), step)
 
 
 def _ignore(step: int, what: object) -> None:
     """Ranks other than the first keep nothing."""
+
+
+def _ignore_odd(step: int, batch: int, why: str) -> None:
+    """And name no samples."""

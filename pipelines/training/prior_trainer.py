@@ -1,10 +1,8 @@
 """One update of the prior, and everything that a resumed training must find again as it was."""
 
-import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,16 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 from models.averaging import AveragingConfig, IterateAverage
 from models.prior import PriorConfig
 from models.resblock_scaling import ResblockScales, ResblockScalingConfig
-from pipelines.training import checkpoint
-from pipelines.training.backward_updates import BackwardUpdates
 from pipelines.training.block_history import BlockRecord
-from pipelines.training.compact_adamw import CompactAdamW
-from pipelines.training.gradient_norms import (
-    BlockGradients,
-    clip_,
-    parameter_blocks,
-    squared_norms,
-)
+from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.optimizer import (
     PriorOptimizerConfig,
     StepSize,
@@ -34,15 +24,15 @@ from pipelines.training.optimizer import (
 )
 from pipelines.training.parallelize import (
     Recompute,
-    all_reduce,
-    attach_scales,
     build_prior,
     full,
     plain_named_parameters,
-    resblock_gradients,
 )
+from pipelines.training.prior_updates import PriorUpdates
 from pipelines.training.sharding import ShardingConfig, reduce_vectors
+from pipelines.training.spikes import DataPosition, SpikeConfig, SpikeDetector
 from pipelines.training.token_loader import TokenBatch
+from pipelines.training.validation import HeldOut, held_out_losses
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,6 +64,7 @@ class PriorTraining:
     recompute: Recompute = "full"
     """Backwards: "selective": LayerNorm, attention, GELU; "full": whole resblocks, as the paper."""
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -99,7 +90,14 @@ class PriorTraining:
             )
 
     def check_workers(self, num_workers: int) -> None:
-        """Refuse what only one worker can do."""
+        """Refuse what only one worker can do, and a batch that cannot be shared out."""
+        if self.batch_samples % (num_workers * self.micro_batches):
+            raise ValueError(
+                "batch_samples must divide by workers · micro_batches, got "
+                f"{self.batch_samples}, {num_workers} workers and {self.micro_batches} "
+                f"micro_batches: the next that does is "
+                f"{-(-self.batch_samples // (n := num_workers * self.micro_batches)) * n}"
+            )
         alone = {
             "optimizer.master split": self.optimizer.master == "split",
             "optimizer.step in_backward": self.optimizer.step == "in_backward",
@@ -139,60 +137,52 @@ class PriorTrainer:
         self.scales = ResblockScales(
             model.n_resblocks, training.scaling, device, training.micro_batches
         )
-        if training.scales_resblocks:
-            attach_scales(self.prior, self.scales)
-        self.blocks = parameter_blocks(self.prior)
-        self.backward_updates: BackwardUpdates | None = None
-        if training.optimizer.step == "in_backward":
-            assert isinstance(self.optimizer, CompactAdamW)
-            scales = self.scales if training.scales_resblocks else None
-            self.backward_updates = BackwardUpdates(self.prior, self.optimizer, scales)
+        self.updates = PriorUpdates(
+            self.prior,
+            self.optimizer,
+            self.scales,
+            training.optimizer,
+            scaled=training.scales_resblocks,
+        )
+        self.data = DataPosition()
+        self.spikes = SpikeDetector(training.spikes)
+        self.has_spiked = False
+        """Whether the last update's loss was one spike too many."""
         self.step = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
-        self._overflows = torch.zeros(model.n_resblocks, device=device)
-        self._norms = torch.zeros(model.n_resblocks, device=device)
+        self.stop_asked = False
 
-    def update(self, batch: TokenBatch) -> dict[str, float]:
-        """One update on this rank's samples; skipped everywhere if a gradient is not finite."""
+    def update(self, batch: TokenBatch, *, stop: bool = False) -> dict[str, float]:
+        """One update on this rank's samples; skipped everywhere if a gradient is not finite.
+
+        `stop` asks all ranks to stop: `stop_asked` then is true on every one, after this update.
+        """
         lr = self.step_size.at(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        losses = self._backward(batch)
-        found = self._check_gradients()
-        sums = all_reduce("avg")(torch.cat((found.squares, losses)))
-        norms, losses = sums[: len(self.blocks)].sqrt(), sums[len(self.blocks) :]
-        self._norms = norms[:-1]
-        self._overflows += found.overflowed[:-1]
-        # The only time that the host waits for the device.
-        overflowed, norm, total, text, image = torch.cat(
-            (found.overflowed.amax(0, keepdim=True), norms.norm()[None], losses)
-        ).tolist()
-        applied = not overflowed and math.isfinite(norm)
-        if applied and self.backward_updates is None:
-            if self.training.optimizer.clip_norm:
-                clip_(list(self.prior.parameters()), norm, self.training.optimizer.clip_norm)
-            self.optimizer.step()
+        self.updates.start(lr)
+        measured = self.updates.measure(self._backward(batch), stop=stop)
+        applied = measured.finite
+        if applied:
+            self.updates.apply(measured)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.stop_asked = measured.stop
         self._count(applied)
         self.average.update(self._masters(), self.step)
+        total, text, image = measured.losses
         self.step_size.update(total)
+        self.has_spiked = self.spikes.look(total)
         return {
             "loss": total,
             "text_loss": text,
             "image_loss": image,
-            "grad_norm": norm,
+            "grad_norm": measured.norm,
             "lr": lr,
             "skipped_updates": float(self.skipped),
         }
 
     def block_record(self) -> BlockRecord:
-        """The resblocks' scales, overflows since the last record, and last gradients' norms."""
-        values = torch.stack((self.scales.values.log2(), self._overflows, self._norms))
-        scales, overflows, norms = values.cpu().numpy()
-        self._overflows.zero_()
-        return BlockRecord(self.step, scales, overflows, norms)
+        return self.updates.record(self.step)
 
     def _backward(self, batch: TokenBatch) -> Tensor:
         """Accumulate the gradients; this rank's (total, text, image) losses."""
@@ -208,16 +198,6 @@ class PriorTrainer:
             losses += torch.stack([value.detach() for value in loss]) / parts
         reduce_vectors(self.prior)
         return losses
-
-    def _check_gradients(self) -> BlockGradients:
-        """Unscale what was scaled; which blocks are not finite, and all norms."""
-        if self.backward_updates is not None:
-            return self.backward_updates.finish()
-        overflowed = torch.zeros(len(self.blocks), device=self.device)
-        if self.training.scales_resblocks:
-            flags = self.scales.unscale_(resblock_gradients(self.prior), all_reduce("max"))
-            overflowed[:-1] = flags
-        return BlockGradients(overflowed, squared_norms(self.blocks))
 
     def _masters(self) -> Iterator[tuple[str, Tensor]]:
         return named_masters(self.optimizer, plain_named_parameters(self.prior))
@@ -238,6 +218,18 @@ class PriorTrainer:
                 "not finite: lower the step size, or use bf16"
             )
 
+    def held_out_losses(self, held_out: HeldOut) -> dict[str, float]:
+        """`validation.…`: losses with the weights as they are and averaged; every rank must ask."""
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        return held_out_losses(
+            self.prior,
+            self.average.shadow,
+            held_out,
+            batch_samples=self.training.batch_samples // (ranks * self.training.micro_batches),
+            device=self.device,
+            autocast=self._autocast,
+        )
+
     def averaged_weights(self) -> dict[str, Tensor]:
         """The averaged weights, whole, on rank 0's CPU (empty elsewhere); every rank must ask."""
         is_first = not dist.is_initialized() or dist.get_rank() == 0
@@ -248,28 +240,30 @@ class PriorTrainer:
                 weights[name] = whole.cpu().clone()
         return weights
 
-    def save(self, root: Path, keep: int) -> None:
+    def save(self, checkpoints: Checkpoints) -> None:
         """A checkpoint after the current step; every rank must call it."""
         progress = {
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "step_size": self.step_size.plateau.state_dict(),
+            "data": self.data.state_dict(),
+            "spikes": self.spikes.state_dict(),
         }
-        checkpoint.save(root, self.step, self._state(), progress, keep)
+        checkpoints.save(self.step, self._state(), progress)
 
-    def resume(self, root: Path) -> list[str]:
+    def resume(self, checkpoints: Checkpoints) -> list[str]:
         """Go on from the newest valid checkpoint, if there is one; what is to be said about it."""
-        path, rejected = checkpoint.newest_valid(root)
-        said = [f"checkpoint refused: {reason}" for reason in rejected]
-        if path is None:
-            return said
-        state = self._state()
-        progress = checkpoint.load(path, state)
+        found = checkpoints.resume(self._state())
+        if not found.step:
+            return found.said
+        state, progress = found.state, found.progress
         self._load(state)
-        self.step, self.skipped = progress["step"], progress["skipped"]
+        self.step, self.skipped = found.step, progress["skipped"]
         self.skipped_in_a_row = progress["skipped_in_a_row"]
         self.step_size.plateau.load_state_dict(progress["step_size"])
-        return [*said, f"resumed after step {self.step} from {path.name}"]
+        self.data.load_state_dict(progress["data"])
+        self.spikes.load_state_dict(progress["spikes"])
+        return found.said
 
     def _state(self) -> dict[str, Any]:
         """All tensors, by names that do not depend on how the model is wrapped or sharded."""

@@ -7,7 +7,6 @@ everywhere.
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from models.averaging import AveragingConfig, IterateAverage
 from models.loss_scale import LossScale
-from pipelines.training import checkpoint
+from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.optimizer import adam_moments
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -75,29 +74,27 @@ class Replica:
         self.step += 1
         self.average.update(self.parameters.items(), self.step)
 
-    def save(self, root: Path, keep: int, more: Mapping[str, Any]) -> None:
+    def save(self, checkpoints: Checkpoints, more: Mapping[str, Any]) -> None:
         """A checkpoint after the current step, with tensors of the caller; called by every rank."""
         progress = {
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "loss_scale": [self.loss_scale.value, self.loss_scale.finite_steps],
         }
-        checkpoint.save(root, self.step, self._state(more), progress, keep)
+        checkpoints.save(self.step, self._state(more), progress)
 
-    def resume(self, root: Path, more: Mapping[str, Any]) -> list[str]:
+    def resume(self, checkpoints: Checkpoints, more: Mapping[str, Any]) -> list[str]:
         """Go on from the newest valid checkpoint, if there is one; what is to be said about it."""
-        path, rejected = checkpoint.newest_valid(root)
-        said = [f"checkpoint refused: {reason}" for reason in rejected]
-        if path is None:
-            return said
-        state = self._state(more)
-        progress = checkpoint.load(path, state)
+        found = checkpoints.resume(self._state(more))
+        if not found.step:
+            return found.said
+        state, progress = found.state, found.progress
         for name, parameter in self.trained.items():
             self.optimizer.state[parameter].update(state["moments"][name])
-        self.step, self.skipped = progress["step"], progress["skipped"]
+        self.step, self.skipped = found.step, progress["skipped"]
         self.skipped_in_a_row = progress["skipped_in_a_row"]
         self.loss_scale.value, self.loss_scale.finite_steps = progress["loss_scale"]
-        return [*said, f"resumed after step {self.step} from {path.name}"]
+        return found.said
 
     def sum_over_ranks(self, values: Tensor) -> None:
         """Replace a tensor, in place, by its sum over all ranks."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from models.stage_one import StageOneConfig
+from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.pace import Pace, due
 from pipelines.training.picture_loader import PictureBatch
 from pipelines.training.spoilers import Spoilers
@@ -42,10 +44,12 @@ def train_stage_one(
     `on_images`, with pictures by name and the uses of each code since the last time.
     """
     trainer = StageOneTrainer(config, training, device=device, rank=rank, world_size=world_size)
-    said = trainer.resume(checkpoints)
+    settings = {"model": asdict(config), "training": asdict(training)}
+    saved = Checkpoints(checkpoints, keep=cadence.keep_checkpoints, settings=settings)
+    said = trainer.resume(saved)
     on_resume(trainer.step, said)
     pace, spoilers, unusable = Pace(trainer.step), Spoilers(keys, world_size), 0
-    with batches(trainer.step, training.steps) as stream:
+    with saved, batches(trainer.step, training.steps) as stream:
         while trainer.step < training.steps:
             batch = pace.take(stream)
             unusable += batch.unusable
@@ -56,7 +60,7 @@ def train_stage_one(
                 metrics = trainer.metrics(loss, {"unusable_pictures": unusable})
                 on_log(trainer.step, metrics | pace.rates(trainer.step, training.batch_samples))
             if is_due(cadence.checkpoint_every):
-                trainer.save(checkpoints, cadence.keep_checkpoints)
+                trainer.save(saved)
             if is_due(cadence.images_every) and rank == 0:
                 on_images(trainer.step, trainer.preview(shown), trainer.take_usage())
     return trainer.replica.average.state_dict()

@@ -32,7 +32,7 @@ class StageOneStage:
     training: StageOneTraining
     cadence: StageOneCadence
     tracking_uri: str
-    run_id: str | None
+    """Empty for none."""
 
     @property
     def model_file(self) -> Path:
@@ -95,7 +95,7 @@ class _Desk:
 
     def __init__(self, stage: StageOneStage) -> None:
         self.stage = stage
-        self.tracker = Tracker(stage.output, stage.tracking_uri, stage.run_id)
+        self.tracker = Tracker(stage.output, stage.tracking_uri)
         self.metrics: dict[str, float] = {}
         self.started = time.monotonic()
 

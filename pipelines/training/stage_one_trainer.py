@@ -1,7 +1,5 @@
 """One update of a stage-one model, and everything that a resumed training must find again."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -9,6 +7,7 @@ from torch import Tensor, nn
 from models.code_usage import code_counts, codes_used, perplexity
 from models.objective import Loss
 from models.stage_one import StageOneConfig
+from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.replica import Replica, to_device
 from pipelines.training.stage_one_training import StageOneTraining
 from pipelines.training.weights import build_stage_one
@@ -122,13 +121,13 @@ class StageOneTrainer:
             for name, pixels in rows.items()
         }
 
-    def save(self, root: Path, keep: int) -> None:
+    def save(self, checkpoints: Checkpoints) -> None:
         """A checkpoint after the current step; every rank must call it."""
-        self.replica.save(root, keep, {"objective": self.objective.state()})
+        self.replica.save(checkpoints, {"objective": self.objective.state()})
 
-    def resume(self, root: Path) -> list[str]:
+    def resume(self, checkpoints: Checkpoints) -> list[str]:
         """Go on from the newest valid checkpoint, if there is one; what is to be said about it."""
-        return self.replica.resume(root, {"objective": self.objective.state()})
+        return self.replica.resume(checkpoints, {"objective": self.objective.state()})
 
     def _pixels(self, batch: Tensor) -> Tensor:
         return to_device(batch, self.device).float().div_(255)

@@ -107,6 +107,6 @@ class StageOneCadence:
     images_every: int = 5000
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "checkpoint_every", "keep_checkpoints", "images_every"):
+        for name in ("log_every", "checkpoint_every", "images_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -62,15 +62,27 @@ class TokenLoader:
 
     def batch(self, step: int) -> TokenBatch:
         """This rank's samples of the global batch of update `step`."""
-        share = self.batch_samples // self.world_size
-        first = step * self.batch_samples + self.rank * share
-        positions = range(first, first + share)
+        positions = self._positions(step)
         rows = [self._row(position) for position in positions]
         text = [self._encode(row, position) for row, position in zip(rows, positions, strict=True)]
         return TokenBatch(
             text_tokens=torch.from_numpy(np.stack(text).astype(np.int64)),
             image_tokens=torch.from_numpy(self.image_tokens[rows].astype(np.int64)),
         )
+
+    def keys_of(self, step: int) -> list[str]:
+        """Names of this rank's samples of update `step`."""
+        return [self.keys[self._row(position)] for position in self._positions(step)]
+
+    def all_keys_of(self, step: int) -> list[str]:
+        """Names of all ranks' samples of update `step`."""
+        first = step * self.batch_samples
+        return [self.keys[self._row(first + place)] for place in range(self.batch_samples)]
+
+    def _positions(self, step: int) -> range:
+        share = self.batch_samples // self.world_size
+        first = step * self.batch_samples + self.rank * share
+        return range(first, first + share)
 
     def _row(self, position: int) -> int:
         epoch, place = divmod(position, len(self))

@@ -30,7 +30,7 @@ class PlanConfig:
     """Left for the CUDA context, the network's buffers and the allocator's gaps: a guess."""
     gpus_per_node: int = 8
     mfu: tuple[float, ...] = (0.3, 0.4, 0.5)
-    """Shares of the card's rate that the model's own FLOP may reach. 0.30 - 0.48 are published for
+    """Shares of the card's rate that the model's own FLOP may reach. 0.33 to 0.48 are published for
     models of that size on H100s (torchtitan, Megatron-LM, llm-foundry)."""
     price_per_gpu_hour: float = 0.0
     """In your currency; 0: no prices."""

@@ -19,6 +19,7 @@ import tyro
 from pipelines.data.storage import replace_file
 from tests.benchmarks import (
     captions,
+    checkpoint,
     download,
     encode_pairs,
     encoder,
@@ -28,6 +29,7 @@ from tests.benchmarks import (
     resblock_scaling,
     sampling,
     tokens,
+    two_workers,
 )
 from tests.benchmarks.measure import Effort, MissingPeer, Row
 
@@ -40,11 +42,13 @@ TOPICS: dict[str, Callable[[Effort], list[Row]]] = {
 }
 # Minutes, on a real Ray or with peers that `make peers` has no part in: run when they are named.
 ON_DEMAND: dict[str, Callable[[Effort], list[Row]]] = {
+    "checkpoint": checkpoint.rows,
     "download": download.rows,
     "encode-pairs": encode_pairs.rows,
     "prior": prior.rows,
     "resblock-scaling": resblock_scaling.rows,
     "sampling": sampling.rows,
+    "two-workers": two_workers.rows,
 }
 
 
@@ -53,8 +57,8 @@ class Bench:
     """Compare parts of manray with their peers, side by side in one run."""
 
     topics: tuple[str, ...] = tuple(TOPICS)
-    """Which to run; those that take minutes only if named: download, encode-pairs, prior,
-    resblock-scaling, sampling."""
+    """Which to run; those that take minutes only if named: checkpoint, download, encode-pairs,
+    prior, resblock-scaling, sampling, two-workers."""
     output: Path = Path("runs/bench")
     """Directory for TOPIC.json; an older one of the same topic is replaced."""
     effort: Effort = field(default_factory=Effort)

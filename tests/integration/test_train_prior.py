@@ -1,13 +1,17 @@
 """jobs.train_prior on a real Ray: two FSDP2 workers, MLflow, refusals."""
 
 import json
+import os
 import re
+import signal
+import threading
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
 from jobs import runtime, train_prior
+from pipelines.training.checkpoint_files import attempts, is_complete, read_progress
 from pipelines.training.tracking import run_id_of
 from pipelines.training.weights import load_prior
 from tests.fixtures.datasets import TinyTokens, tiny_tokens
@@ -69,6 +73,35 @@ def test_two_workers_train_a_prior_and_a_second_run_does_nothing(
     assert re.search(r'\+ +"seed": 1', capsys.readouterr().err)
 
 
+def test_a_driver_that_is_told_to_end_stops_after_a_checkpoint(
+    tiny: TinyTokens, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "prior"
+    metrics, over = out / "metrics.jsonl", threading.Event()
+
+    def end_it() -> None:
+        while not over.wait(0.05):
+            if metrics.exists() and '"loss"' in metrics.read_text():
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    watcher = threading.Thread(target=end_it)
+    watcher.start()
+    try:
+        code = train_prior.main(arguments(tiny, out, "--training.steps=100000"))
+    finally:
+        over.set()
+        watcher.join()
+    assert code == runtime.STOPPED
+    assert "run the same line again" in capsys.readouterr().out
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert "stopped, as it was asked to" in rows[-1]["notice"]
+    newest = attempts(out / "checkpoints")[0]
+    assert is_complete(newest)
+    assert read_progress(newest)["step"] >= max(row["step"] for row in rows if "loss" in row)
+    assert not (out / "prior.safetensors").exists()
+
+
 def test_training_goes_on_without_mlflow(
     tiny: TinyTokens,
     tmp_path: Path,
@@ -81,7 +114,10 @@ def test_training_goes_on_without_mlflow(
     assert train_prior.main(arguments(tiny, out)) == 0
     assert "going on without it" in capsys.readouterr().err
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [4, 8, 12]
+    assert [row["step"] for row in rows if "loss" in row] == [4, 8, 12]
+    said = [row["notice"] for row in rows if "notice" in row]
+    assert len(said) == 1
+    assert "no validation rows" in said[0]
     assert (out / "prior.safetensors").exists()
 
 

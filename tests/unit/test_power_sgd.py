@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.optimizer import PriorOptimizerConfig
 from pipelines.training.parallelize import full, plain_named_parameters
 from pipelines.training.plan_network import sent_bytes
@@ -123,10 +124,11 @@ def _resume(training: PriorTraining, path: Path) -> list[dict[str, Tensor]]:
     for step in range(8):
         trainer.update(tiny_batch(step))
         if step == 3:
-            trainer.save(path / "checkpoints", keep=2)
+            with Checkpoints(path, keep=2, settings={}) as checkpoints:
+                trainer.save(checkpoints)
     outcomes.append(weights_of(trainer))
     again = trainer_of(training)
-    again.resume(path / "checkpoints")
+    again.resume(Checkpoints(path, keep=2, settings={}))
     for step in range(again.step, 8):
         again.update(tiny_batch(step))
     outcomes.append(weights_of(again))

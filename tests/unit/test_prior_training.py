@@ -13,7 +13,7 @@ from torch import Tensor
 from models.averaging import AveragingConfig
 from models.prior import PriorConfig
 from models.resblock_scaling import ResblockScales
-from pipelines.training import checkpoint
+from pipelines.training.checkpoint_files import COMPLETE, attempts
 from pipelines.training.optimizer import PriorOptimizerConfig
 from pipelines.training.parallelize import resblock_gradients
 from pipelines.training.prior_loop import Cadence, train_prior
@@ -145,8 +145,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_taken(
 ) -> None:
     with pytest.raises(Killed):
         run(tmp_path, kill_at=5)
-    newest, _ = checkpoint.newest_valid(tmp_path / "checkpoints")
-    assert newest is not None
+    newest = attempts(tmp_path / "checkpoints")[0]
     victim = newest / "__0_0.distcp"
     if damage == "cut":
         victim.write_bytes(victim.read_bytes()[:-10])
@@ -157,7 +156,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_taken(
     elif damage == "missing":
         victim.unlink()
     else:
-        (newest / checkpoint.COMPLETE).unlink()
+        (newest / COMPLETE).unlink()
     told = run(tmp_path)
     step, said = told["resumed"][0]
     assert step == 2

@@ -15,7 +15,7 @@ def follow(directory: Path) -> FollowMetrics:
 def test_notices_are_said_once_and_the_latest_metrics_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tracker = Tracker(tmp_path, "", None)
+    tracker = Tracker(tmp_path, "")
     with follow(tmp_path):
         tracker.log_metrics({"loss": 2.0}, 1)
         tracker.notice("mind the gap", 1)
@@ -29,7 +29,7 @@ def test_notices_are_said_once_and_the_latest_metrics_shown(
 def test_a_resumed_training_does_not_repeat_what_was_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tracker = Tracker(tmp_path, "", None)
+    tracker = Tracker(tmp_path, "")
     tracker.notice("mind the gap", 1)
     tracker.log_metrics({"loss": 1.5}, 3)
     with follow(tmp_path):

@@ -27,10 +27,8 @@ def test_a_run_keeps_settings_tags_metrics_and_pictures_per_step(tmp_path: Path)
     (tmp_path / "raw").mkdir()
     tags = run_tags({"raw": "abc"}, {"raw": tmp_path / "raw"})
     settings = {"prior": {"n_layers": 2}}
-    with open_run(
-        CONFIG, stage="train", settings=settings, tags=tags, directory=out, uri=uri
-    ) as tracker:
-        worker = Tracker(out, uri, tracker.run_id)  # as rank 0 of a training
+    with open_run(CONFIG, stage="train", settings=settings, tags=tags, directory=out, uri=uri):
+        worker = Tracker(out, uri)  # as rank 0 of a training
         worker.log_metrics({"image_loss": 2.5}, step=10)
         worker.log_metrics({"image_loss": 1.5}, step=20)
         worker.log_image("samples", np.zeros((8, 8, 3), np.uint8), step=20)

@@ -155,3 +155,13 @@ def test_impossible_plans_are_refused_in_words(
 ) -> None:
     assert train_prior.main(["12b", "--dry-run", *more]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_on_cpus_there_is_no_card_to_fit_and_no_rate_to_count_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["tiny", "--workers.device", "cpu", "--dry-run", "--plan.gpu-memory-gib", "5"]
+    assert train_prior.main([*arguments, "--training.batch-samples", "65536"]) == 0
+    said = capsys.readouterr().out
+    assert "Memory of a worker" in said
+    assert "H200" not in said.split("What is trained")[1]

@@ -1,0 +1,36 @@
+"""What every training job does around its training: claim the output, train once, say what is."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jobs import runtime
+from pipelines.data import plan
+from pipelines.data.storage import sha256_file
+from pipelines.training.run_directory import read_result
+from pipelines.training.stopping import Stopped
+
+
+def train_once(
+    model_file: Path,
+    *,
+    stage: str,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    train: Callable[[], None],
+) -> dict[str, Any]:
+    """Make `model_file` by `train`, unless it is there already; its digest and last figures.
+
+    Its directory belongs to these settings and inputs, and to one driver at a time. Raises Stopped
+    if the training has ended without a model.
+    """
+    output = model_file.parent
+    with plan.lease(output):
+        plan.claim(output, stage=stage, config=settings, inputs=inputs)
+        if model_file.exists():
+            runtime.nothing_to_do(model_file)
+        else:
+            train()
+    if not model_file.exists():
+        raise Stopped
+    return {"model": str(model_file), "sha256": sha256_file(model_file)} | read_result(output)
