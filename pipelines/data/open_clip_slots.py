@@ -1,7 +1,8 @@
 """The vocabulary of CLIP and of open_clip's models: byte-level BPE whose words end in </w>.
 
 Their merges come as a text file, bpe_simple_vocab_16e6.txt.gz, in both packages; nothing of them is
-needed here. Their text cleaning also repairs wrongly decoded letters (ftfy); this one does not.
+needed here. Of their text cleaning by ftfy, curled quotation marks are made straight here; wrongly
+decoded letters, ligatures and letters of full width are not repaired.
 """
 
 import gzip
@@ -21,6 +22,10 @@ BYTES = 256
 SPECIALS = ("<start_of_text>", "<end_of_text>")
 # Contractions, words, single digits, runs of other signs (CLIP's simple_tokenizer.py).
 PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+STRAIGHT = dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'") | dict.fromkeys(
+    range(0x201C, 0x2020), '"'
+)
 
 
 class OpenClipSlots:
@@ -59,7 +64,7 @@ class OpenClipSlots:
 
 
 def _clean(caption: str) -> str:
-    text = html.unescape(html.unescape(caption))
+    text = html.unescape(html.unescape(caption)).translate(STRAIGHT)
     return " ".join(unicodedata.normalize("NFC", text).split()).lower()
 
 

@@ -124,6 +124,7 @@ def naive_ids(caption: str) -> list[int]:
         ("  thé\n &amp;amp; the ", "thé & the"),
         ("the <end_of_text>", "the <end_of_text>"),
         ("苹果 the", "苹果 the"),
+        ("the “cat‘s” hat", 'the "cat\'s" hat'),
     ],
 )
 @pytest.mark.parametrize("packed", [False, True])
