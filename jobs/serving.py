@@ -128,7 +128,7 @@ class Ingress:
     """Speaks HTTP, and knows where pictures come from."""
 
     def __init__(self, settings: IngressSettings, samplers: Any, reranker: Any = None) -> None:
-        logging.getLogger("manray.access").setLevel(logging.INFO)
+        _show_access_log()
         self._samplers, self._reranker = samplers, reranker
         self._stream = samplers.options(stream=True)
         self._metrics = IngressMetrics()
@@ -203,6 +203,14 @@ class Ingress:
 
     async def _said(self) -> str:
         return self._metrics.text(self._source)
+
+
+def _show_access_log() -> None:
+    """Its lines, which are JSON already, go to the replica's stderr: a file among Ray's logs."""
+    access = logging.getLogger("manray.access")
+    access.setLevel(logging.INFO)
+    access.propagate = False
+    access.handlers = [logging.StreamHandler()]
 
 
 def load_pieces(settings: SamplerSettings) -> PieceSampler:
