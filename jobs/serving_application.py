@@ -52,6 +52,8 @@ def from_config(arguments: Mapping[str, Any]) -> Any:
 
 def checked_files(job: ServeSamplerJob) -> CheckedFiles:
     """The models' headers and digests, see `loading.check_files`; fetches a registered model."""
+    if job.clip is not None:
+        read_header(job.clip, "clip")
     if not model_registry.is_address(job.prior):
         return check_files(ModelFiles(tokenizer=job.tokenizer, dvae=job.dvae, prior=job.prior))
     directory = job.output / FETCHED
