@@ -38,7 +38,7 @@ class Tracker:
         self.uri = uri
         self._file = directory / METRICS_FILE
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        self._client = _client(uri) if run_id else None
+        self._client = client_of(uri) if run_id else None
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Enter numbers at a step; non-finite ones are entered as they are."""
@@ -91,7 +91,7 @@ class Tracker:
             return
         try:
             getattr(self._client, method)(self.run_id, *args, **arguments)
-        except _failures() as error:
+        except failures() as error:
             self._client = None
             _warn(self.uri, error, self._file)
 
@@ -138,9 +138,9 @@ def _reopen_run(directory: Path, uri: str) -> str | None:
         return None
     try:
         run_id = run_id_of(directory)
-        _client(uri).update_run(run_id, status="RUNNING")
+        client_of(uri).update_run(run_id, status="RUNNING")
         return run_id
-    except _failures():
+    except failures():
         return None  # the database was removed, or MLflow is away: creating a run will tell
 
 
@@ -148,7 +148,7 @@ def _create_run(
     config: TrackingConfig, *, stage: str, tags: Mapping[str, str], directory: Path, uri: str
 ) -> str | None:
     try:
-        client = _client(uri)
+        client = client_of(uri)
         experiment = client.get_experiment_by_name(config.experiment)
         if experiment is None:
             location = _local_artifacts(uri)
@@ -159,7 +159,7 @@ def _create_run(
         record = {"uri": uri, "run_id": str(run.info.run_id)}
         replace_file(directory / RUN_FILE, canonical_json(record))
         return record["run_id"]
-    except _failures() as error:
+    except failures() as error:
         _warn(uri, error, directory / METRICS_FILE)
         return None
 
@@ -189,7 +189,8 @@ def _flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value
 
 
-def _client(uri: str) -> Any:
+def client_of(uri: str) -> Any:
+    """A client of the MLflow at an address."""
     import logging
 
     from mlflow import MlflowClient
@@ -206,7 +207,7 @@ def _entities() -> ModuleType:
     return entities
 
 
-def _failures() -> tuple[type[Exception], ...]:
+def failures() -> tuple[type[Exception], ...]:
     """What an MLflow that is away, full or misconfigured raises."""
     from mlflow.exceptions import MlflowException
 
