@@ -15,9 +15,9 @@ from typing import Any
 from jobs import runtime
 from jobs.configs.serve_sampler import ServeSamplerJob
 from jobs.serving import trial
-from jobs.serving_application import application, sampler_settings
+from jobs.serving_application import application, checked_files, sampler_settings
 from pipelines.data.storage import canonical_json, replace_file
-from pipelines.sampling.loading import CheckedFiles, ModelFiles, check_files
+from pipelines.sampling.loading import CheckedFiles
 
 APP = "manray"
 RECORD = "serving.json"
@@ -33,7 +33,7 @@ def serve_in_background(job: ServeSamplerJob) -> Iterator[str]:
     Whatever is wrong with the port or the files is said before Ray is started.
     """
     check_port(job)
-    checked = check_model_files(job)
+    checked = checked_files(job)
     with runtime.ray_session():
         from ray import serve
 
@@ -72,7 +72,7 @@ def update(job: ServeSamplerJob) -> str:
     stay. Replicas with the new files start before those with the old ones end, which let their
     requests end.
     """
-    checked = check_model_files(job)
+    checked = checked_files(job)
     with runtime.ray_session():
         import ray
         from ray import serve
@@ -96,11 +96,6 @@ def update(job: ServeSamplerJob) -> str:
         url = base_url(job)
         replace_file(job.output / RECORD, canonical_json(_record(job, checked, url)))
     return url
-
-
-def check_model_files(job: ServeSamplerJob) -> CheckedFiles:
-    """The models' headers and digests, see `loading.check_files`."""
-    return check_files(ModelFiles(tokenizer=job.tokenizer, dvae=job.dvae, prior=job.prior))
 
 
 def check_port(job: ServeSamplerJob) -> None:

@@ -66,6 +66,7 @@ def run(job: QuickstartJob) -> dict[str, Any]:
             tokenizer=files["tokenizer"],
             dvae=files["dvae"],
             prior=files["prior"],
+            clip=files["clip"],
         )
         with deployment.serve_in_background(serving) as url:
             served = _ask(url, job.output / "served.png")

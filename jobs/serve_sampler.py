@@ -11,6 +11,7 @@ from typing import Any
 
 from jobs import deployment, runtime
 from jobs.configs.serve_sampler import PRESETS, ServeSamplerJob
+from jobs.serving_application import checked_files
 from pipelines.sampling.access import Access
 from pipelines.training import tracking
 from pipelines.training.run_directory import run_tags
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def describe(job: ServeSamplerJob) -> list[str]:
     """The lines below the config of a dry run."""
-    deployment.check_model_files(job)
+    checked_files(job)
     return [
         f"serve {job.prior} as {job.model_name} at {deployment.base_url(job)}",
         deployment.curl_line(deployment.base_url(job), EXAMPLE),
@@ -45,14 +46,14 @@ def serve(job: ServeSamplerJob) -> dict[str, Any]:
         return {"url": deployment.update(job), "updated": True}
     deployment.check_port(job)
     Access(job.access)  # keys and policies that cannot be had are said before anything is started
-    checked = deployment.check_model_files(job)
+    checked = checked_files(job)
     settings = {"model_name": job.model_name, "limits": asdict(job.limits)}
     with (
         tracking.open_run(
             job.tracking,
             stage=STAGE,
             settings=settings,
-            tags=run_tags(checked.digests, {"prior": job.prior.parent}),
+            tags=run_tags(checked.digests, {"prior": checked.files.prior.parent}),
             directory=job.output,
             uri=runtime.tracking_uri(),
         ),

@@ -128,7 +128,7 @@ class Ingress:
     """Speaks HTTP, and knows where pictures come from."""
 
     def __init__(self, settings: IngressSettings, samplers: Any, reranker: Any = None) -> None:
-        log_requests()
+        _show_access_log()
         self._samplers, self._reranker = samplers, reranker
         self._stream = samplers.options(stream=True)
         self._metrics = IngressMetrics()
@@ -205,12 +205,12 @@ class Ingress:
         return self._metrics.text(self._source)
 
 
-def log_requests() -> None:
-    """Let the access log out: to the process' standard error, which Ray keeps and shows."""
-    log = logging.getLogger("manray.access")
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    log.addHandler(logging.StreamHandler())
+def _show_access_log() -> None:
+    """Its lines, which are JSON already, go to the replica's stderr: a file among Ray's logs."""
+    access = logging.getLogger("manray.access")
+    access.setLevel(logging.INFO)
+    access.propagate = False
+    access.handlers = [logging.StreamHandler()]
 
 
 def load_pieces(settings: SamplerSettings) -> PieceSampler:

@@ -10,6 +10,7 @@ from typing import Any
 
 import tyro
 
+from jobs import runtime
 from jobs.configs.serve_sampler import PRESETS, Scale, ServeSamplerJob
 from jobs.configs.train_prior import PRESETS as PRIOR_PRESETS
 from jobs.serving import (
@@ -22,12 +23,14 @@ from jobs.serving import (
 from pipelines.sampling.access import AccessSettings, hosts_for
 from pipelines.sampling.loading import CheckedFiles, ModelFiles, check_files
 from pipelines.sampling.model_card import model_card
+from pipelines.training import model_registry
 from pipelines.training.tracking import run_id_of
 from pipelines.training.weights import read_header
 
 # The app refuses before Serve does, and in OpenAI's envelope: beyond its own bound there is room.
 SPARE_REQUESTS = 256
 SECONDS_TO_DRAIN = 5.0
+FETCHED = "registry"  # directory of registered models, below the job's output
 HEALTH_SECONDS = 5.0
 
 
@@ -45,8 +48,24 @@ def from_config(arguments: Mapping[str, Any]) -> Any:
     _, job = PRESETS[arguments["preset"]]
     flags = [str(flag) for flag in arguments.get("flags", ())]
     job = tyro.cli(ServeSamplerJob, default=job, args=flags)
-    files = ModelFiles(tokenizer=job.tokenizer, dvae=job.dvae, prior=job.prior)
-    return application(job, check_files(files))
+    return application(job, checked_files(job))
+
+
+def checked_files(job: ServeSamplerJob) -> CheckedFiles:
+    """The models' headers and digests, see `loading.check_files`; fetches a registered model."""
+    if job.clip is not None:
+        read_header(job.clip, "clip")
+    if not model_registry.is_address(job.prior):
+        return check_files(ModelFiles(tokenizer=job.tokenizer, dvae=job.dvae, prior=job.prior))
+    directory = job.output / FETCHED
+    paths, digests = model_registry.fetch(runtime.tracking_uri(), job.prior, directory)
+    checked = check_files(ModelFiles(**paths))
+    if checked.digests != digests:
+        raise ValueError(
+            f"the files of {job.prior} must be those that were registered, got {checked.digests} "
+            f"instead of {digests}: remove {directory} to fetch them again"
+        )
+    return checked
 
 
 def application(job: ServeSamplerJob, checked: CheckedFiles) -> Any:
@@ -60,7 +79,10 @@ def application(job: ServeSamplerJob, checked: CheckedFiles) -> Any:
     reranker = None
     if job.clip is not None:
         reranker = _deployed(job, RerankerReplica, "reranker", job.rerankers).bind(
-            job.clip.resolve(), job.tokenizer.resolve(), job.device, max(1, job.rerankers.cpus)
+            job.clip.resolve(),
+            checked.files.tokenizer.resolve(),
+            job.device,
+            max(1, job.rerankers.cpus),
         )
     ingress = _deployed(job, serve.ingress()(Ingress), "ingress", job.ingress)
     return ingress.bind(_ingress_settings(job, checked), samplers, reranker)
@@ -110,15 +132,15 @@ def _deployed(job: ServeSamplerJob, what: Any, name: str, scale: Scale) -> Any:
 
 
 def _ingress_settings(job: ServeSamplerJob, checked: CheckedFiles) -> IngressSettings:
-    prior = checked.prior
+    prior, files = checked.prior, checked.files
     model = {
         "name": job.model_name,
-        "created": int(job.prior.stat().st_mtime),
+        "created": int(files.prior.stat().st_mtime),
         "image_size": checked.dvae.image_size,
         "image_tokens": prior.image_len,
         "vocab_size": prior.image_vocab_size,
         "guidable": checked.caption_dropout > 0,
-        "about": _about(job, checked),
+        "about": _about(files, checked),
     }
     return IngressSettings(
         model=model,
@@ -131,10 +153,10 @@ def _ingress_settings(job: ServeSamplerJob, checked: CheckedFiles) -> IngressSet
     )
 
 
-def _about(job: ServeSamplerJob, checked: CheckedFiles) -> dict[str, str]:
+def _about(files: ModelFiles, checked: CheckedFiles) -> dict[str, str]:
     """The model's card; a preset is known by the sizes of its prior."""
     presets = [name for name, (_, made) in PRIOR_PRESETS.items() if made.prior == checked.prior]
-    header, run_id = read_header(job.prior, "prior"), run_id_of(job.prior.parent)
+    header, run_id = read_header(files.prior, "prior"), run_id_of(files.prior.parent)
     return model_card(header, run_id, presets[0] if len(presets) == 1 else "")
 
 

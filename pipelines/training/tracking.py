@@ -220,7 +220,7 @@ class MlflowRun:
 
     def _open(self) -> str:
         if not self._run_id:
-            self._client = _client(self.uri)
+            self._client = client_of(self.uri)
             self._run_id = self._reopened() or self._created()
         return self._run_id
 
@@ -289,7 +289,7 @@ def _flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value
 
 
-def _client(uri: str) -> Any:
+def client_of(uri: str) -> Any:
     import logging
 
     from mlflow import MlflowClient
@@ -298,3 +298,10 @@ def _client(uri: str) -> Any:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=uri)
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What an MLflow that is away, full or misconfigured raises."""
+    from mlflow.exceptions import MlflowException
+
+    return (MlflowException, OSError)
