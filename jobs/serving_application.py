@@ -30,6 +30,7 @@ from pipelines.training.weights import read_header
 # The app refuses before Serve does, and in OpenAI's envelope: beyond its own bound there is room.
 SPARE_REQUESTS = 256
 SECONDS_TO_DRAIN = 5.0
+SECONDS_TO_BE_HEARD = 2.0
 FETCHED = "registry"  # directory of registered models, below the job's output
 HEALTH_SECONDS = 5.0
 
@@ -124,7 +125,8 @@ def _deployed(job: ServeSamplerJob, what: Any, name: str, scale: Scale) -> Any:
         # New replicas before old ones end, which may finish what they have.
         max_surge_percent=100,
         graceful_shutdown_timeout_s=job.limits.deadline_seconds + SECONDS_TO_DRAIN,
-        graceful_shutdown_wait_loop_s=0.2,
+        # Whoever has not heard yet that a replica is about to end may send it something meanwhile.
+        graceful_shutdown_wait_loop_s=SECONDS_TO_BE_HEARD,
         health_check_period_s=HEALTH_SECONDS,
         ray_actor_options={"num_cpus": scale.cpus, "num_gpus": scale.gpus},
         logging_config={"log_level": "WARNING", "enable_access_log": False},

@@ -3,10 +3,11 @@
 A slot is a row of the batch and is free again as soon as its picture is drawn, so a late order
 joins the others in the middle of theirs. An order with guidance takes two slots a picture.
 
-What is drawn depends on prompt, seed and settings alone. On a CPU this holds bit for bit in fp32:
-attention multiplies one row at a time, and the linear layers give a row the same sums in any
-company (`tests/unit/test_batching.py`). On a GPU the library chooses another kernel for another
-number of rows; there a draw that falls on the edge of two codes may turn.
+What is drawn depends on prompt, seed and settings alone. On a CPU this holds bit for bit in fp32
+(without oneDNN: on one thread): attention multiplies one row at a time, and from four rows on the
+linear layers give a row the same sums in any company, so that free rows make up what is missing to
+four (`tests/unit/test_batching.py`). On a GPU the library chooses another kernel for another number
+of rows; there a draw that falls on the edge of two codes may turn.
 
 Who is next: the order that holds the fewest quarters of the slots, of these the one that came
 first. So orders are served as they come, and a pool of hundreds never holds more than a quarter of
@@ -26,7 +27,7 @@ from pipelines.sampling.diagnosis import NonFiniteLogits, non_finite_logits
 from pipelines.sampling.drawing import SamplingConfig, draw, uniform_draws
 from pipelines.sampling.image_tokens import check_primed, null_prompt
 from pipelines.sampling.orders import Drawn, Order
-from pipelines.sampling.packing import PackedPrior, Precision
+from pipelines.sampling.packing import LEAST_ROWS, PackedPrior, Precision
 from pipelines.sampling.picture_source import TooLate
 from pipelines.sampling.row_caches import RowDecoder
 
@@ -50,12 +51,13 @@ class Batch:
             raise ValueError(f"there must be at least 2 slots, guidance takes two, got {slots}")
         self.slots, self.config, self.prior = slots, packed.prior.config, packed.prior
         self._weights = packed.weights(precision)
-        self._decoder = RowDecoder(self._weights, slots)
+        rows = max(slots, LEAST_ROWS)
+        self._decoder = RowDecoder(self._weights, rows)
         length, device = self.config.image_len, self._weights.device
-        self._tokens = torch.zeros(slots, length, dtype=torch.int64, device=device)
-        self._draws = torch.zeros(slots, length, dtype=torch.float64, device=device)
-        self._logits = torch.zeros(slots, self.config.image_vocab_size, device=device)
-        self._unsound = torch.zeros(slots, device=device)  # 0, or NaN
+        self._tokens = torch.zeros(rows, length, dtype=torch.int64, device=device)
+        self._draws = torch.zeros(rows, length, dtype=torch.float64, device=device)
+        self._logits = torch.zeros(rows, self.config.image_vocab_size, device=device)
+        self._unsound = torch.zeros(rows, device=device)  # 0, or NaN
         self._owners: list[_Picture] = []  # of the rows in use, which are the first ones
         self._orders: list[Order] = []  # as they came
         self.steps, self.drawn = 0, 0  # how often it stepped; image tokens that came of it
@@ -118,7 +120,8 @@ class Batch:
         self._fail_broken()
         self._free([picture for picture in self._pictures() if self._report(picture)])
         if self._owners:
-            rows, positions = self._places()
+            positions = self._positions()
+            rows = torch.arange(len(positions), device=positions.device)
             last = self._tokens[rows, positions - 1]
             self._logits[: len(rows)] = self._decoder.step(last, positions - 1)
 
@@ -265,8 +268,9 @@ class Batch:
             groups.setdefault(picture.order.sampling, []).append(picture)
         return groups
 
-    def _places(self) -> tuple[Tensor, Tensor]:
-        """The rows in use and how many tokens each has, int64 (A,)."""
-        device = self._tokens.device
-        rows = torch.arange(len(self._owners), device=device)
-        return rows, torch.tensor([p.position for p in self._owners], device=device)
+    def _positions(self) -> Tensor:
+        """How many tokens each row in use has, int64; free rows make up what is missing to the
+        least number, as if they had one."""
+        positions = [picture.position for picture in self._owners]
+        positions += [1] * (LEAST_ROWS - len(positions))
+        return torch.tensor(positions, device=self._tokens.device)

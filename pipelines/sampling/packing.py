@@ -20,7 +20,9 @@ from models.prior import AttentionResblock, MLPResblock, Prior
 Precision = Literal["fp32", "bf16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PACKED_FOR_ROWS = 16  # a hint: packed weights serve any number of rows
-# MKL adds up in another order below four rows, so that a row would depend on its neighbours.
+# Of a batch whose rows must not depend on how many there are: MKL adds up in another order below
+# four rows, and oneDNN cuts long sums into parts for one row. On several threads MKL does so for
+# some numbers of rows, oneDNN does not.
 LEAST_ROWS = 4
 
 
@@ -31,9 +33,6 @@ class PlainLinear:
         self.weight, self.bias = layer.weight.detach().to(dtype), layer.bias.detach().to(dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
-        missing = 0 if x.is_cuda else max(0, LEAST_ROWS - len(x))
-        if missing:
-            return F.linear(F.pad(x, (0, 0, 0, missing)), self.weight, self.bias)[: len(x)]
         return F.linear(x, self.weight, self.bias)
 
     def gelu(self, x: Tensor) -> Tensor:

@@ -11,12 +11,13 @@ prefix, H heads, D head width, S slots that a step reads, C model width, K image
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.attention import LayerKind
 from pipelines.sampling.caches import Layout, image_layout
 from pipelines.sampling.decoder import CachedDecoder
-from pipelines.sampling.packing import AttentionWeights, StepWeights
+from pipelines.sampling.packing import LEAST_ROWS, AttentionWeights, StepWeights
 
 
 class Prefix(NamedTuple):
@@ -139,10 +140,10 @@ class RowDecoder:
             x = passed.x
             if passed.kept is not None:
                 kept.append(passed.kept[1].to(self.weights.cache_dtype))  # (2, P, H, T + n, D)
-        logits = self.prompts.score(x[:, -1].contiguous())
-        return [
-            Prefix([kv[:, prompt] for kv in kept], logits[prompt]) for prompt in range(len(logits))
-        ]
+        # Padded, so that one prompt's logits are what they are among others.
+        missing = max(0, LEAST_ROWS - len(x))
+        logits = self.prompts.score(F.pad(x[:, -1], (0, 0, 0, missing)))
+        return [Prefix([kv[:, prompt] for kv in kept], logits[prompt]) for prompt in range(len(x))]
 
     @torch.inference_mode()
     def load(self, row: int, prefix: Prefix) -> None:
