@@ -42,13 +42,14 @@ def attempt(place: Location, shard: str) -> Iterator[bool]:
     before = [marks / entry.name for entry in marks.list() if entry.name.startswith(f"{shard}.")]
     mine = marks / f"{shard}.{uuid.uuid4().hex}"
     mine.put(b"")
+    ended = [mine]
     try:
         yield bool(before)
-    except BaseException:
-        mine.delete()
-        raise
-    for mark in (*before, mine):
-        mark.delete()
+        ended += before
+    finally:
+        with contextlib.suppress(OSError):  # a mark that stays makes the next attempt slower
+            for mark in ended:
+                mark.delete()
 
 
 @contextlib.contextmanager

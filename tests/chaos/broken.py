@@ -4,27 +4,13 @@ import hashlib
 import json
 import uuid
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.data import s3, stage, storage
+from pipelines.data import s3, stage
 from pipelines.data.storage import Location
-
-
-def records_in_place() -> None:
-    """What is created once is written under its own name, where half of it may be seen."""
-
-    def write(path: Path, data: bytes) -> bool:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            return False
-        path.write_bytes(data)
-        return True
-
-    storage.create_once = write
 
 
 def names_first() -> None:
@@ -90,7 +76,6 @@ def loser_deletes() -> None:
 
 
 WRONG: dict[str, Callable[[], None]] = {
-    "records_in_place": records_in_place,
     "names_first": names_first,
     "one_name_a_shard": one_name_a_shard,
     "loser_deletes": loser_deletes,
