@@ -25,7 +25,7 @@ from jobs.quickstart_line import DATASETS, PROMPTS, Clock, line_of, model_files,
 from pipelines.corpus.web import CorpusWeb
 from pipelines.data.stage import Manifest
 from pipelines.data.storage import canonical_json, replace_file
-from pipelines.training.tracking import run_id_of
+from pipelines.training.mlflow_run import run_id_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:

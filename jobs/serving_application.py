@@ -24,7 +24,7 @@ from pipelines.sampling.access import AccessSettings, hosts_for
 from pipelines.sampling.loading import CheckedFiles, ModelFiles, check_files
 from pipelines.sampling.model_card import model_card
 from pipelines.training import model_registry
-from pipelines.training.tracking import run_id_of
+from pipelines.training.mlflow_run import run_id_of
 from pipelines.training.weights import read_header
 
 # The app refuses before Serve does, and in OpenAI's envelope: beyond its own bound there is room.

@@ -16,7 +16,7 @@ from pipelines.data.collapse import NetworkCollapsed
 from pipelines.data.report import lineage, write_report
 from pipelines.data.stage import DatasetWriter, Manifest
 from pipelines.data.storage import Location
-from pipelines.training import tracking
+from pipelines.training import mlflow_run, tracking
 from pipelines.training.run_directory import run_tags
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def _run_directory(output: Location) -> Iterator[Path]:
     if not output.is_s3:
         yield output.path
         return
-    names = (tracking.RUN_FILE, tracking.METRICS_FILE, REPORT)
+    names = (mlflow_run.RUN_FILE, tracking.METRICS_FILE, REPORT)
     with tempfile.TemporaryDirectory(prefix="manray-") as temporary:
         directory = Path(temporary)
         for name in names:

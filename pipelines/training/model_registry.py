@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipelines.data.storage import sha256_file
-from pipelines.training import tracking
 
 FILES = {
     "tokenizer": "tokenizer.json",
@@ -33,7 +32,7 @@ def register(
     `files` and `digests` are by the names of `FILES`; `digests` are those of `check_files`. Raises
     whatever MLflow raises.
     """
-    client, errors = tracking.client_of(uri), tracking.failures()
+    client, errors = mlflow_run.client_of(uri), mlflow_run.failures()
     experiment = client.get_experiment_by_name(name)
     experiment_id = experiment.experiment_id if experiment else client.create_experiment(name)
     run = client.create_run(experiment_id, run_name=f"register {name}@{alias}")
@@ -65,7 +64,7 @@ def fetch(uri: str, address: Path, directory: Path) -> tuple[dict[str, Path], di
     found = ADDRESS.fullmatch(str(address))
     if found is None:
         raise ValueError(f"a registered model must be models:/NAME@ALIAS, got {address}")
-    client, errors = tracking.client_of(uri), tracking.failures()
+    client, errors = mlflow_run.client_of(uri), mlflow_run.failures()
     try:
         version = client.get_model_version_by_alias(found["name"], found["alias"])
     except errors as error:

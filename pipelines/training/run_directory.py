@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.data.storage import Location, canonical_json, replace_file
-from pipelines.training.tracking import run_id_of
+from pipelines.training.mlflow_run import run_id_of
 
 RESULT = "result.json"
 

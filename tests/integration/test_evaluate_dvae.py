@@ -20,7 +20,7 @@ from models.vqvae import VQVAE, VQVAEConfig
 from pipelines.data.schema import FILTERED
 from pipelines.data.storage import sha256_file
 from pipelines.evaluation.frechet import WEIGHTS_SHA256
-from pipelines.training.tracking import run_id_of
+from pipelines.training.mlflow_run import run_id_of
 from pipelines.training.weights import save_model
 from tests.fixtures.datasets import (
     CORPUS,

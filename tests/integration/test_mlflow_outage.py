@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
+from pipelines.training.mlflow_run import OUTBOX, run_id_of
 from pipelines.training.outbox import Outbox
-from pipelines.training.tracking import OUTBOX, TrackingConfig, open_run, run_id_of
+from pipelines.training.tracking import TrackingConfig, open_run
 from tests.fixtures.cut_line import Line, line_to
 
 CONFIG = TrackingConfig(experiment="outage")

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from jobs import runtime, train_prior
 from pipelines.training.checkpoint_files import attempts, is_complete, read_progress
-from pipelines.training.tracking import run_id_of
+from pipelines.training.mlflow_run import run_id_of
 from pipelines.training.weights import load_prior
 from tests.fixtures.datasets import TinyTokens, tiny_tokens
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
+from pipelines.training.mlflow_run import run_id_of
 from pipelines.training.run_directory import run_tags
-from pipelines.training.tracking import Tracker, TrackingConfig, open_run, run_id_of
+from pipelines.training.tracking import Tracker, TrackingConfig, open_run
 
 CONFIG = TrackingConfig(experiment="test")
 
