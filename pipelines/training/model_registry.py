@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipelines.data.storage import sha256_file
+from pipelines.training import mlflow_run
 
 FILES = {
     "tokenizer": "tokenizer.json",
