@@ -13,6 +13,7 @@ from jobs import (
     evaluate,
     filter_pairs,
     sample,
+    train_clip,
     train_dvae,
     train_prior,
     train_tokenizer,
@@ -32,6 +33,9 @@ PROMPTS = (
 )
 
 
+RERANK_POOL = 16  # pictures that are sampled for each of them; the best four are shown
+
+
 @dataclass(frozen=True)
 class Stage:
     """One job's line, and the directory that it makes."""
@@ -43,11 +47,12 @@ class Stage:
 
 
 def model_files(job: QuickstartJob) -> dict[str, Path]:
-    """The three files that sampling needs, by the names that its jobs have for them."""
+    """The files that sampling and ranking need, by the names that the jobs have for them."""
     return {
         "tokenizer": job.output / "tokenizer" / train_tokenizer.TOKENIZER,
         "dvae": job.output / job.stage_one / f"{job.stage_one}.safetensors",
         "prior": job.output / "prior" / train_prior.PRIOR_FILE,
+        "clip": job.output / "clip" / train_clip.CLIP_FILE,
     }
 
 
@@ -58,6 +63,7 @@ def stages_of(job: QuickstartJob) -> list[Stage]:
     files = {name: str(path) for name, path in model_files(job).items()}
     models = ("--tokenizer", files["tokenizer"], "--dvae", files["dvae"])
     prior = ("--prior", files["prior"])
+    best_of = ("--rerank-pool", str(RERANK_POOL), "--clip", files["clip"])
     train_stage_one = {"dvae": train_dvae.main, "vqvae": train_vqvae.main}[job.stage_one]
     return [
         Stage("download_pairs", download_pairs.main, "raw", ("--urls", f"{out}/urls.parquet")),
@@ -76,7 +82,13 @@ def stages_of(job: QuickstartJob) -> list[Stage]:
             "prior",
             ("--tokens", tokens, *models, "--training.steps", str(job.prior_steps)),
         ),
-        Stage("sample", sample.main, "samples", (*models, *prior, "--prompts", *PROMPTS)),
+        Stage(
+            "train_clip",
+            train_clip.main,
+            "clip",
+            ("--filtered", filtered, *models, "--training.steps", str(job.clip_steps)),
+        ),
+        Stage("sample", sample.main, "samples", (*models, *prior, *best_of, "--prompts", *PROMPTS)),
         Stage(
             "evaluate",
             evaluate.main,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jobs.configs import train_dvae, train_prior
+from jobs.configs import train_clip, train_dvae, train_prior
 from jobs.configs.job import Job
 
 
@@ -21,6 +21,8 @@ class QuickstartJob(Job):
     """Updates of the dVAE, or of the VQ-VAE."""
     prior_steps: int = train_prior.TINY.training.steps
     """Updates of the prior."""
+    clip_steps: int = train_clip.TINY.training.steps
+    """Updates of the reranker."""
     web_port: int = 8790
     """Loopback port that serves the corpus; part of the URLs, so part of the data's digest."""
     port: int = 8000
@@ -33,6 +35,7 @@ class QuickstartJob(Job):
         "train_vqvae",
         "encode_pairs",
         "train_prior",
+        "train_clip",
         "sample",
         "evaluate",
         "serve_sampler",
@@ -47,7 +50,12 @@ PRESETS: dict[str, tuple[str, QuickstartJob]] = {
     "smoke": (
         "48 pictures and a few steps, about two minutes: every part runs, nothing is learned.",
         QuickstartJob(
-            output=Path("runs/smoke"), pictures=48, dvae_steps=40, prior_steps=40, web_port=8791
+            output=Path("runs/smoke"),
+            pictures=48,
+            dvae_steps=40,
+            prior_steps=40,
+            clip_steps=20,
+            web_port=8791,
         ),
     ),
 }

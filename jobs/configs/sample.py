@@ -33,6 +33,39 @@ class StartOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChoiceOptions:
+    """How many pictures a prompt gets, and of how many they are the best."""
+
+    pictures_per_prompt: int = 8
+    rerank_pool: int = 0
+    """Pictures that are sampled and ranked for each prompt, of which the best are written (512 in
+    the paper); 0 writes what is sampled."""
+    clip: Path | None = None
+    """The reranker, made by train_clip or import_clip; needed for a pool."""
+
+    def __post_init__(self) -> None:
+        if self.pictures_per_prompt < 1:
+            raise ValueError(
+                f"pictures_per_prompt must be at least 1, got {self.pictures_per_prompt}"
+            )
+        if self.rerank_pool and self.rerank_pool < self.pictures_per_prompt:
+            raise ValueError(
+                f"rerank_pool must be 0, or at least the {self.pictures_per_prompt} pictures that "
+                f"are kept, got {self.rerank_pool}"
+            )
+        if bool(self.rerank_pool) != (self.clip is not None):
+            raise ValueError(
+                "rerank_pool must be 1 or more with a clip to rank by, and 0 without, "
+                f"got {self.rerank_pool} with {self.clip}"
+            )
+
+    @property
+    def candidates(self) -> int:
+        """Pictures that are sampled for each prompt."""
+        return self.rerank_pool or self.pictures_per_prompt
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleJob(Job):
     """Make pictures for prompts."""
 
@@ -45,7 +78,7 @@ class SampleJob(Job):
     """What to draw."""
     prompt_file: str = ""
     """A text file with a prompt a line, instead of --prompts; empty for none."""
-    pictures_per_prompt: int = 8
+    choice: Annotated[ChoiceOptions, tyro.conf.arg(name="")] = field(default_factory=ChoiceOptions)
     seed: int = 0
     """Of a prompt's first picture; the next ones have the following seeds."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -56,10 +89,6 @@ class SampleJob(Job):
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
-        if self.pictures_per_prompt < 1:
-            raise ValueError(
-                f"pictures_per_prompt must be at least 1, got {self.pictures_per_prompt}"
-            )
 
 
 TINY = SampleJob(
@@ -73,7 +102,7 @@ TINY = SampleJob(
         "a picture of a butterfly, insect and pretty",
         "a picture of a volcano, mountain and nature",
     ),
-    pictures_per_prompt=4,
+    choice=ChoiceOptions(pictures_per_prompt=4),
 )
 
 PRESETS: dict[str, tuple[str, SampleJob]] = {

@@ -19,6 +19,10 @@ BATCH = 64
 """Pictures that are scored at once; bounds the memory, does not change the scores beyond 1e-6."""
 
 
+class NonFiniteScores(RuntimeError):
+    """The reranker gave NaN or infinite scores: pictures are not ordered by them."""
+
+
 class Reranker:
     """A contrastive model and the vocabulary that it was trained with."""
 
@@ -34,12 +38,11 @@ class Reranker:
     def scores(self, prompt: str, pictures: np.ndarray) -> np.ndarray:
         """The cosines (N,) float32, from -1 to 1, of pictures (N, H, W, 3) uint8 with a prompt.
 
-        Raises ValueError for other pictures, and ArithmeticError for a score that is not finite: an
-        order by such scores would be a lie.
+        Raises ValueError for other pictures, and NonFiniteScores.
         """
         scores = self.picture_vectors(pictures) @ self.prompt_vectors([prompt])[0]
         if not np.isfinite(scores).all():
-            raise ArithmeticError(
+            raise NonFiniteScores(
                 f"the reranker must give finite scores, but {int((~np.isfinite(scores)).sum())} of "
                 f"{len(scores)} are not: its weights are damaged, train or import it again"
             )

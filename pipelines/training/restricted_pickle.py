@@ -204,6 +204,8 @@ class _Machine:
         return Instance(cls)
 
     def _build(self, target: Any, state: Any) -> None:
+        if isinstance(target, dict) and isinstance(state, dict) and state.keys() == {"_metadata"}:
+            return  # a state_dict's attribute: versions of its modules, nothing to us
         if not isinstance(target, Instance) or target.state is not None:
             raise ValueError(f"it sets the state of {_kind(target)}, or sets a state twice")
         if not isinstance(state, dict):

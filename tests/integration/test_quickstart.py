@@ -68,7 +68,7 @@ def test_the_summary_holds_every_figure(undisturbed: Path) -> None:
     for name in ("image_loss", "image_loss_shuffled_captions", "retrieval_at_1"):
         assert isinstance(summary[name], float)
     assert summary["served"]["status"] == 200
-    assert len(set(summary["mlflow_runs"].values())) == 8
+    assert len(set(summary["mlflow_runs"].values())) == 9
     for file in ("evaluation/grid.png", "served.png", "tokens/report.html"):
         assert (undisturbed / file).stat().st_size > 0
 
@@ -77,7 +77,7 @@ def test_a_second_run_does_nothing_again(undisturbed: Path, web_port: int) -> No
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.safetensors")}
     done = run(undisturbed, web_port)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("nothing to do") == 8
+    assert done.stdout.count("nothing to do") == 9
     after = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.safetensors")}
     assert before == after
 

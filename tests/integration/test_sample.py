@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from jobs import sample
 from pipelines.sampling.drawing import SamplingConfig
+from pipelines.sampling.reranking import load_reranker
 from pipelines.training.weights import load_prior, save_model
-from tests.fixtures.models import TINY, TinyModels, random_prior, tiny_models
+from tests.fixtures.models import TINY, TinyModels, random_prior, tiny_clip, tiny_models
 
 
 @pytest.fixture(scope="module")
@@ -240,4 +242,43 @@ def test_a_dry_run_writes_nothing(
 ) -> None:
     assert sample.main(line(models, tmp_path / "out", "--prompts", "dog", "--dry-run")) == 0
     assert "sample 2 pictures for 1 prompts" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_best_of_a_pool_are_written_with_their_scores(
+    models: TinyModels, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip = tiny_clip(tmp_path / "clip.safetensors", models.tokenizer)
+    pool = ["--prompts", "dog", "cat", "--rerank-pool", "6", "--clip", str(clip)]
+    assert sample.main(line(models, tmp_path / "best", *pool)) == 0
+    assert summary_of(capsys)["pictures"] == 4
+    reranker = load_reranker(clip, models.tokenizer, torch.device("cpu"))
+    for entry in json.loads((tmp_path / "best/samples.json").read_text()):
+        candidates = np.stack(models.sampler().generate(entry["prompt"], n=6))
+        scores = reranker.scores(entry["prompt"], candidates)
+        wanted = sorted(range(6), key=lambda seed: -scores[seed])[:2]
+        assert [made["seed"] for made in entry["pictures"]] == wanted
+        assert [made["score"] for made in entry["pictures"]] == pytest.approx(scores[wanted])
+        best = np.asarray(Image.open(tmp_path / "best" / entry["pictures"][0]["file"]))
+        assert np.array_equal(best, candidates[wanted[0]])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--rerank-pool", "4"], "rerank_pool must be 1 or more with a clip"),
+        (["--clip", "x.safetensors"], "rerank_pool must be 1 or more with a clip"),
+        (["--rerank-pool", "1", "--clip", "x"], "at least the 2 pictures that are kept"),
+        (["--rerank-pool", "4", "--clip", "none.safetensors"], "there is none"),
+    ],
+)
+def test_a_pool_that_cannot_be_ranked_is_refused(
+    models: TinyModels,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    message: str,
+) -> None:
+    assert sample.main(line(models, tmp_path / "out", *more)) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ from models.clip import Clip, ClipConfig
 from pipelines.data.caption_slots import OwnSlots
 from pipelines.data.storage import replace_file
 from pipelines.data.tokenizer import CaptionTokenizer, TokenizerConfig, train_tokenizer
-from pipelines.sampling.reranking import BATCH, Reranker, best_first, load_reranker
+from pipelines.sampling.reranking import BATCH, NonFiniteScores, Reranker, best_first, load_reranker
 from pipelines.training.clip_files import CLIP_FILE
 from pipelines.training.weights import save_model
 
@@ -97,7 +97,7 @@ def test_what_is_no_picture_is_refused(reranker: Reranker, wrong: np.ndarray) ->
 def test_scores_that_are_not_finite_are_refused(reranker: Reranker) -> None:
     with torch.no_grad():
         reranker.clip.image.projection.weight[0, 0] = float("nan")
-    with pytest.raises(ArithmeticError, match="3 of 3 are not"):
+    with pytest.raises(NonFiniteScores, match="3 of 3 are not"):
         reranker.scores("a red house", pictures(3))
 
 
