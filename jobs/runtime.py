@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from pipelines.data.collapse import NetworkCollapsed
-from pipelines.data.storage import Location, canonical_json, refuse_secrets
+from pipelines.data.storage import Location, NoSpace, canonical_json, refuse_secrets
 from pipelines.training.stopping import Stopped
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ def _say(verb: str, error: BaseException) -> int:
         print(f"{verb}: {cause}", file=sys.stderr)
         return 1
     if isinstance(cause, OSError) and cause.errno in FULL:
-        if cause.strerror != os.strerror(cause.errno):  # ours, which says more
+        if isinstance(cause, NoSpace):
             print(f"{verb}: {cause.strerror}", file=sys.stderr)
             return 1
         place = f" ({cause.filename})" if cause.filename else ""

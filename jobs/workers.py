@@ -50,27 +50,10 @@ def train_on_workers(
     Checkpoints are the loop's own affair (pipelines.training.checkpoint): Ray Train 2.60 refuses to
     go on from a run whose snapshot file was cut off, so every attempt is a new Ray Train run to it.
     """
-    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    resources = ray.cluster_resources()
-    use_gpu = workers.device == "gpu" or (
-        workers.device == "cpu_or_gpu" and resources.get("GPU", 0) >= workers.num_workers
-    )
-    kind, have = ("GPU", resources.get("GPU", 0)) if use_gpu else ("CPU", resources.get("CPU", 0))
-    if have < workers.num_workers:
-        raise ValueError(
-            f"the cluster must have a {kind} for each of the {workers.num_workers} workers, "
-            f"it has {have:.0f}: ask for fewer with --workers.num-workers"
-        )
-    cpus = workers.num_workers * (loaders_per_worker + (not use_gpu))
-    if resources.get("CPU", 0) < cpus:
-        raise ValueError(
-            f"the cluster must have {cpus} CPUs for {workers.num_workers} workers and "
-            f"{loaders_per_worker} loaders beside each, it has {resources.get('CPU', 0):.0f}: ask "
-            "for fewer with --workers.num-workers or --loaders.per-worker"
-        )
+    use_gpu = _use_gpus(workers, loaders_per_worker)
     trainer = TorchTrainer(
         loop,
         train_loop_config=argument,
@@ -94,6 +77,30 @@ def train_on_workers(
     finally:
         if in_main_thread:
             signal.signal(signal.SIGINT, handler)
+
+
+def _use_gpus(workers: WorkersConfig, loaders_per_worker: int) -> bool:
+    """Whether each worker has a GPU; ValueError if the cluster has too little of either kind."""
+    import ray
+
+    resources = ray.cluster_resources()
+    use_gpu = workers.device == "gpu" or (
+        workers.device == "cpu_or_gpu" and resources.get("GPU", 0) >= workers.num_workers
+    )
+    kind, have = ("GPU", resources.get("GPU", 0)) if use_gpu else ("CPU", resources.get("CPU", 0))
+    if have < workers.num_workers:
+        raise ValueError(
+            f"the cluster must have a {kind} for each of the {workers.num_workers} workers, "
+            f"it has {have:.0f}: ask for fewer with --workers.num-workers"
+        )
+    cpus = workers.num_workers * (loaders_per_worker + (not use_gpu))
+    if resources.get("CPU", 0) < cpus:
+        raise ValueError(
+            f"the cluster must have {cpus} CPUs for {workers.num_workers} workers and "
+            f"{loaders_per_worker} loaders beside each, it has {resources.get('CPU', 0):.0f}: ask "
+            "for fewer with --workers.num-workers or --loaders.per-worker"
+        )
+    return use_gpu
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Files that are either whole or absent, on local disk or in S3."""
 
+import errno
 import hashlib
 import json
 import os
@@ -143,6 +144,16 @@ class Location:
         """Bucket and key of a place in S3."""
         bucket, _, key = self._text.removeprefix(S3_SCHEME).partition("/")
         return bucket, key
+
+
+class NoSpace(OSError):
+    """What is to be written will not fit: found out before anything was written."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__(errno.ENOSPC, words)
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str]]:
+        return type(self), (str(self.strerror),)
 
 
 def refuse_secrets(what: str, value: Any) -> None:

@@ -4,7 +4,7 @@ The state is copied to the host, which the training waits for, and then written,
 declared whole by a thread. A checkpoint can be read by any number of ranks.
 """
 
-import errno
+import json
 import platform
 import shutil
 import threading
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from pipelines.data.plan import OutputConflict, difference
-from pipelines.data.storage import canonical_json, create_once
+from pipelines.data.storage import NoSpace, create_once
 from pipelines.training import checkpoint_files
 
 WRITERS = 2  # files of a rank, and threads that write and hash them
@@ -81,7 +81,7 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any], progress: Mapping[str, Any]) -> None:
         """Begin to save `state` (tensors) and `progress` (JSON) after update `step`.
 
-        Raises what went wrong with the checkpoint before, and OSError if the disk is too full; the
+        Raises what went wrong with the checkpoint before, and NoSpace if the disk is too full; the
         older checkpoints then are as they were.
         """
         started = time.monotonic()
@@ -89,14 +89,14 @@ class Checkpoints:
         staged = self._staged(state)
         path, problem = self._agree(self._begin, step, staged)
         if problem:
-            raise OSError(errno.ENOSPC, problem)
+            raise NoSpace(problem)
         about = {
             "step": step,
             "settings": self.settings,
             "versions": _versions(),
             "progress": dict(progress),
         }
-        arguments = (path, staged, canonical_json(about), step)
+        arguments = (path, staged, _json(about), step)
         # A daemon: a process whose peers have died must be able to end.
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
         self._thread.start()
@@ -120,13 +120,13 @@ class Checkpoints:
     def resume(self, state: dict[str, Any]) -> Resumed:
         """Fill `state` in place from the newest valid checkpoint, if there is one.
 
-        Raises OutputConflict for a checkpoint of other settings, OSError if the disk cannot take
+        Raises OutputConflict for a checkpoint of other settings, NoSpace if the disk cannot take
         those to come.
         """
         path, said = self.newest_valid()
         said = [f"checkpoint refused: {reason}" for reason in said]
         if problem := self._agree(self._missing_space_for_all, state):
-            raise OSError(errno.ENOSPC, problem)
+            raise NoSpace(problem)
         if path is None:
             return Resumed(0, {}, state, said)
         about = checkpoint_files.read_progress(path)
@@ -162,7 +162,7 @@ class Checkpoints:
         return next((problem for problem in found if problem is not None), None)
 
     def _check_settings(self, path: Path, about: Mapping[str, Any]) -> None:
-        found, wanted = canonical_json(about.get("settings", {})), canonical_json(self.settings)
+        found, wanted = _json(about.get("settings", {})), _json(self.settings)
         if found != wanted:
             raise OutputConflict(
                 f"{path} was saved by a training with other settings; nothing was loaded. Choose "
@@ -253,6 +253,11 @@ def _attempt(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str | 
         return function(*arguments), None
     except OSError as error:
         return None, str(error)
+
+
+def _json(value: Any) -> bytes:
+    """As `canonical_json`, but a setting may be infinite."""
+    return json.dumps(value, sort_keys=True, indent=1).encode()
 
 
 def _versions() -> dict[str, str]:

@@ -37,6 +37,7 @@ def arguments(tiny: TinyTokens, output: Path, *more: str) -> list[str]:
         f"--training.steps={STEPS}",
         "--cadence.log-every=4",
         "--cadence.checkpoint-every=4",
+        "--cadence.ask-every=4",
         "--cadence.sample-every=8",
         *more,
     ]
