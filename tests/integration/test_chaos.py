@@ -67,6 +67,7 @@ def check(ground: Range, schedule: Schedule) -> None:
     outcome = ground.run(schedule)
     print(json.dumps(describe(schedule, outcome)))
     assert not outcome.faults, f"{schedule}: {outcome.faults}"
+    assert outcome.deaths or schedule.victim == "nobody", "nobody died"
 
 
 @pytest.mark.parametrize("seed", ALWAYS)
