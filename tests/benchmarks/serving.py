@@ -42,7 +42,7 @@ BATCHES = (8, 16, 32, 64)
 REPEATS = 15
 WARM_UP_SECONDS = 3.0
 FACTOR = 5
-LEAVE_AFTER = 0.1  # seconds; a lone picture of the quickstart's takes longer
+LEAVE_AFTER = 0.1  # seconds; twenty pictures at once take longer
 WORDS = ("red apple", "blue boat", "green tree", "white dog", "yellow bus", "black cat")
 
 
