@@ -5,7 +5,7 @@ from typing import Any
 
 from pipelines.sampling.rate_limits import RateLimits, TokenBuckets
 
-NAME, NAMESPACE = "manray-rate-limits", "manray"
+NAMESPACE = "manray"
 # It answers in a millisecond; whoever waits longer is refused instead of let through.
 PATIENCE_SECONDS = 2.0
 
@@ -13,31 +13,46 @@ PATIENCE_SECONDS = 2.0
 class SharedBudget:
     """A `PictureBudget` of a cluster: every ingress replica makes one and gets the same actor.
 
-    An actor that dies is started again with full buckets. Any error is the caller's to refuse by.
+    The actor lives as long as the replica that happened to make it. When it ends, the next one who
+    asks makes another, with full buckets. Any other error is the caller's to refuse by.
     """
 
     def __init__(self, limits: RateLimits) -> None:
-        import ray
-
-        # Not decorators: Ray is imported only by those who serve.
-        self._actor: Any = (
-            ray.remote(TokenBuckets)
-            .options(
-                name=NAME,
-                namespace=NAMESPACE,
-                get_if_exists=True,
-                num_cpus=0,
-                max_restarts=-1,
-                max_task_retries=0,  # a retried call would take the pictures twice
-            )
-            .remote(limits)
-        )
+        self._limits = limits
+        self._actor = self._find()
 
     async def take(self, holder: str, pictures: int) -> float:
         """See `PictureBudget`."""
-        answer = self._actor.take.remote(holder, pictures)
-        return float(await asyncio.wait_for(answer, PATIENCE_SECONDS))
+        from ray.exceptions import RayActorError
+
+        try:
+            return await self._take(holder, pictures)
+        except RayActorError:
+            self._actor = self._find()
+            return await self._take(holder, pictures)
 
     async def give_back(self, holder: str, pictures: int) -> None:
         """See `PictureBudget`."""
         self._actor.give_back.remote(holder, pictures)
+
+    async def _take(self, holder: str, pictures: int) -> float:
+        answer = self._actor.take.remote(holder, pictures)
+        return float(await asyncio.wait_for(answer, PATIENCE_SECONDS))
+
+    def _find(self) -> Any:
+        import ray
+
+        # Not decorators: Ray is imported only by those who serve.
+        actor = ray.remote(TokenBuckets).options(
+            name=actor_name(self._limits),
+            namespace=NAMESPACE,
+            get_if_exists=True,
+            num_cpus=0,
+            max_task_retries=0,  # a retried call would take the pictures twice
+        )
+        return actor.remote(self._limits)
+
+
+def actor_name(limits: RateLimits) -> str:
+    """Other limits have another actor: those who come with an update bring their own."""
+    return f"manray-rate-limits-{limits.pictures_per_minute:g}-{limits.burst}"

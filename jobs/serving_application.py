@@ -12,6 +12,7 @@ import tyro
 
 from jobs import runtime
 from jobs.configs.serve_sampler import PRESETS, Scale, ServeSamplerJob
+from jobs.configs.train_prior import PRESETS as PRIOR_PRESETS
 from jobs.serving import (
     Ingress,
     IngressSettings,
@@ -141,7 +142,7 @@ def _ingress_settings(job: ServeSamplerJob, checked: CheckedFiles) -> IngressSet
         "image_tokens": prior.image_len,
         "vocab_size": prior.image_vocab_size,
         "guidable": checked.caption_dropout > 0,
-        "about": model_card(read_header(files.prior, "prior"), run_id_of(files.prior.parent)),
+        "about": _about(files, checked),
     }
     return IngressSettings(
         model=model,
@@ -152,6 +153,13 @@ def _ingress_settings(job: ServeSamplerJob, checked: CheckedFiles) -> IngressSet
         limits=job.limits,
         access=_access(job),
     )
+
+
+def _about(files: ModelFiles, checked: CheckedFiles) -> dict[str, str]:
+    """The model's card; a preset is known by the sizes of its prior."""
+    presets = [name for name, (_, made) in PRIOR_PRESETS.items() if made.prior == checked.prior]
+    header, run_id = read_header(files.prior, "prior"), run_id_of(files.prior.parent)
+    return model_card(header, run_id, presets[0] if len(presets) == 1 else "")
 
 
 def _access(job: ServeSamplerJob) -> AccessSettings:

@@ -64,7 +64,7 @@ class Access:
         host = headers.get("host", "")
         if self._hosts and _name(host) not in self._hosts:
             raise ApiError(
-                "The Host header must be a name under which this server is known.",
+                "The Host header must be a name under which this server is known: --access.hosts.",
                 status=421,
                 code="unknown_host",
             )

@@ -20,7 +20,7 @@ from pipelines.sampling.access import Access
 from pipelines.sampling.api import BODY_BYTES, ServedModel, no_such_model, parse_request
 from pipelines.sampling.drawing import LARGEST_SEED
 from pipelines.sampling.http_body import read_body
-from pipelines.sampling.http_drawing import Commission, Studio
+from pipelines.sampling.http_drawing import Commission, Studio, error_event
 from pipelines.sampling.http_envelope import Envelope, api_error, client_gone, http_error
 from pipelines.sampling.http_stream import ClientGone, EventStream, first_item, until_gone
 from pipelines.sampling.idempotency import Answers
@@ -131,7 +131,7 @@ def _add_images(app: FastAPI, studio: Studio, model: ServedModel, access: Access
                 )
             events, seconds = studio.events(commission), settings.keep_alive_seconds
             first = await until_gone(first_item(events, seconds), request.receive)
-            return EventStream(events, first, seconds)
+            return EventStream(events, first, seconds, error_event)
         work = (
             studio.whole(commission)
             if key is None

@@ -64,28 +64,12 @@ class Studio:
         return await asyncio.to_thread(answer)
 
     async def events(self, commission: Commission) -> AsyncGenerator[bytes, None]:
-        """The answer's events. What goes wrong before the first one is raised, as an ApiError;
-        what goes wrong later is an event too."""
-        said = False
-        try:
-            async with aclosing(self._draw(commission)) as items:
-                numbers: dict[int, int] = {}
-                async for item in items:
-                    for text in await asyncio.to_thread(self._said, commission, item, numbers):
-                        said = True
-                        yield text
-        except ApiError as refused:
-            if not said:
-                raise
-            yield event({"type": "error"} | refused.envelope())
-        except Exception:  # whatever it is, it goes to the log and not to the client
-            if not said:
-                raise
-            log.exception("a stream failed")
-            error = ApiError(
-                "The server had an error.", status=500, type=SERVER_ERROR, code="internal_error"
-            )
-            yield event({"type": "error"} | error.envelope())
+        """The answer's events; raises ApiError."""
+        async with aclosing(self._draw(commission)) as items:
+            numbers: dict[int, int] = {}
+            async for item in items:
+                for text in await asyncio.to_thread(self._said, commission, item, numbers):
+                    yield text
 
     def _said(
         self,
@@ -180,3 +164,13 @@ class Studio:
                 "rate_limit_exceeded",
                 seconds,
             )
+
+
+def error_event(error: Exception) -> bytes:
+    """What a stream that has begun ends with, where an answer of its own is no longer possible."""
+    if not isinstance(error, ApiError):  # whatever it is, it goes to the log, not to the client
+        log.error("a stream failed", exc_info=error)
+        error = ApiError(
+            "The server had an error.", status=500, type=SERVER_ERROR, code="internal_error"
+        )
+    return event({"type": "error"} | error.envelope())

@@ -14,6 +14,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 T = TypeVar("T")
 
+# A client that takes nothing for so long is as good as gone; its connection is not kept for it.
+STALLED_SECONDS = 60.0
 KEEP_ALIVE = b": still drawing\n\n"
 
 
@@ -70,8 +72,11 @@ class EventStream(Response):
         items: AsyncGenerator[bytes, None],
         first: "asyncio.Task[bytes]",
         keep_alive_seconds: float,
+        on_error: Callable[[Exception], bytes],
     ) -> None:
+        """`on_error` makes an event of what goes wrong, for the stream to end with."""
         self._items, self._first, self._seconds = items, first, keep_alive_seconds
+        self._on_error = on_error
         self.status_code, self.background, self.body = 200, None, b""
         self.init_headers(
             {
@@ -96,14 +101,17 @@ class EventStream(Response):
             while True:
                 done, _ = await asyncio.wait({waiting}, timeout=self._seconds)
                 if not done:
-                    await send(_chunk(KEEP_ALIVE))
+                    await _within(send(_chunk(KEEP_ALIVE)))
                     continue
                 try:
                     item = waiting.result()
                 except StopAsyncIteration:
                     break
+                except Exception as error:  # the client is told: the status has long been sent
+                    await _within(send(_chunk(self._on_error(error))))
+                    break
                 waiting = asyncio.ensure_future(_next(self._items))
-                await send(_chunk(item))
+                await _within(send(_chunk(item)))
         finally:
             await _end(waiting, self._items)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -123,6 +131,13 @@ async def _end(waiting: "asyncio.Task[bytes]", items: AsyncGenerator[bytes, None
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def _within(sending: Awaitable[None]) -> None:
+    try:
+        await asyncio.wait_for(sending, STALLED_SECONDS)
+    except TimeoutError:
+        raise ClientGone from None
 
 
 def _chunk(data: bytes) -> Message:

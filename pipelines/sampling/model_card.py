@@ -9,11 +9,14 @@ LONGEST_VALUE = 300
 NOTED = {"preset": "Preset", "step": "Step", "run_id": "Run", "corpus": "Corpus"}
 
 
-def model_card(header: Mapping[str, Any], run_id: str) -> dict[str, str]:
-    """Of a prior's header (`weights.read_header`); `run_id` is MLflow's, empty if unknown."""
+def model_card(header: Mapping[str, Any], run_id: str, preset: str = "") -> dict[str, str]:
+    """Of a prior's header (`weights.read_header`); `run_id` is MLflow's.
+
+    `preset` is the one that has these sizes; both are empty if unknown.
+    """
     config, metadata = header["config"], header["metadata"]
     training = metadata.get("training", {})
-    noted = {"step": training.get("steps"), "run_id": run_id} | {
+    noted = {"preset": preset, "step": training.get("steps"), "run_id": run_id} | {
         name: metadata[name] for name in NOTED if name in metadata
     }
     card = {NOTED[name]: value for name, value in noted.items() if value not in (None, "")}

@@ -236,6 +236,7 @@ function begin(request) {
   $("pictures").setAttribute("aria-busy", "true");
   $("draw").disabled = true;
   $("stop").hidden = false;
+  if (matchMedia("(max-width: 800px)").matches) $("asked").scrollIntoView({ block: "start" });
 }
 
 function end() {
@@ -254,7 +255,6 @@ async function meet() {
   } catch {
     return sayError("The server cannot be reached.");
   }
-  sayError("");
   const { about = {}, size, largest_pool: pool } = model.manray;
   $("model").textContent = `${model.id} · ${size.replace("x", "×")} pixels`;
   $("pool-field").hidden = !pool;
@@ -279,7 +279,7 @@ $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); submit(); }
 });
 $("stop").addEventListener("click", () => running?.abort());
-$("key").addEventListener("change", meet);
+$("key").addEventListener("change", () => { sayError(""); meet(); });
 for (const button of document.querySelectorAll("[data-copy]"))
   button.addEventListener("click", () => copyCode(button));
 changed();

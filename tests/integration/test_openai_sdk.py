@@ -1,5 +1,6 @@
 """The official client of OpenAI, unchanged, against the real app over real HTTP."""
 
+import asyncio
 import base64
 import io
 import time
@@ -7,6 +8,7 @@ from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -15,12 +17,14 @@ from PIL import Image
 
 from pipelines.sampling.access import Access, AccessSettings
 from pipelines.sampling.api import ImagesRequest
+from pipelines.sampling.batching import Batch
 from pipelines.sampling.diagnosis import NonFiniteLogits
 from pipelines.sampling.engine import Sampler, Start
 from pipelines.sampling.http_app import build_app
 from pipelines.sampling.local_pictures import GREY, Item
-from pipelines.sampling.picture_source import Busy, PartialPicture
-from tests.fixtures.http_server import app_of, model_of, serving
+from pipelines.sampling.picture_source import Busy, PartialPicture, TooLate
+from pipelines.sampling.rate_limits import RateLimits
+from tests.fixtures.http_server import app_of, before_steps, model_of, serving
 from tests.fixtures.models import tiny_models
 
 
@@ -285,27 +289,75 @@ def test_a_broken_model_is_not_asked_again_and_an_error_within_a_stream_is_raise
     assert "layer 3" not in str(streamed.value)
 
 
-def test_a_stream_that_is_closed_ends_the_drawing_within_one_step(sampler: Sampler) -> None:
-    steps: list[int] = []
+def test_pictures_that_were_not_drawn_are_given_back(sampler: Sampler) -> None:
+    source = Moody([Busy(0.1), Busy(0.1)])
+    rate = RateLimits(pictures_per_minute=1, burst=10)
+    app = build_app(
+        source, model_of(sampler), Access(AccessSettings(rate=rate)), host_numbers_requests=False
+    )
+    with serving(app) as url:
+        for _ in range(2):
+            with pytest.raises(openai.RateLimitError) as caught:
+                client_of(url).images.generate(prompt="dog", n=10)
+            assert caught.value.code == "server_busy"
+    assert source.calls == 2
 
-    class Slow(Sampler):
-        def sample(self, *args: Any, **kwargs: Any) -> Any:
-            watch = kwargs.pop("on_progress")
 
-            def look(done: int, tokens: torch.Tensor) -> None:
-                steps.append(done)
-                time.sleep(0.02)
-                watch(done, tokens)
+def test_limits_that_cannot_be_asked_let_nobody_draw(sampler: Sampler) -> None:
+    class Broken:
+        async def take(self, holder: str, pictures: int) -> float:
+            raise ConnectionError("the actor at 10.0.0.7 is gone")
 
-            return super().sample(*args, on_progress=look, **kwargs)
+        async def give_back(self, holder: str, pictures: int) -> None: ...
 
-    slow = Slow(sampler.prior, sampler.dvae, sampler.tokenizer)
-    with serving(app_of(slow)) as url:
+    source = Moody()
+    access = Access(AccessSettings(), Broken())
+    app = build_app(source, model_of(sampler), access, host_numbers_requests=False)
+    with serving(app) as url, pytest.raises(openai.InternalServerError) as caught:
+        client_of(url).images.generate(prompt="dog")
+    assert (caught.value.status_code, caught.value.code) == (503, "limits_unreadable")
+    assert "10.0.0.7" not in str(caught.value)
+    assert source.calls == 0
+
+
+def test_a_stream_says_that_it_is_there_and_then_how_it_failed(sampler: Sampler) -> None:
+    @dataclass
+    class Late(Moody):
+        async def draw(self, request: ImagesRequest) -> AsyncGenerator[Item, None]:
+            await asyncio.sleep(0.3)
+            raise TooLate
+            yield []
+
+    access = Access(AccessSettings(keep_alive_seconds=0.05))
+    app = build_app(Late(), model_of(sampler), access, host_numbers_requests=False)
+    with serving(app) as url:
+        body = {"prompt": "dog", "stream": True}
+        text = httpx.post(f"{url}/v1/images/generations", json=body).text
+        with pytest.raises(openai.APIError) as caught:
+            list(client_of(url).images.generate(prompt="dog", stream=True))
+    comment, *_, error, end = text.split("\n\n")
+    assert comment == ": still drawing"
+    assert error.startswith("event: error\n")
+    assert end == ""
+    assert caught.value.code == "deadline_exceeded"
+
+
+def test_a_stream_that_is_closed_ends_the_drawing_within_one_step(
+    sampler: Sampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy: list[int] = []
+
+    def slowly(batch: Batch) -> None:
+        busy.append(batch.busy_slots)
+        time.sleep(0.02)
+
+    before_steps(monkeypatch, slowly)
+    with serving(app_of(sampler)) as url:
         client = client_of(url)
-        stream = client.images.generate(prompt="dog", stream=True, partial_images=3)
+        stream = client.images.generate(prompt="dog", n=4, stream=True, partial_images=3)
         next(stream)
         stream.close()
-        # The next request gets the thread, which shows that the first one has left it.
         assert client.images.generate(prompt="cat").data
-    assert steps[-64:] == list(range(1, 65))
-    assert len(steps) < 64 + 40
+    # The four were gone, but for the moment that a connection takes, when the one was drawn.
+    assert busy.count(4) < 64 // 4 + 10
+    assert busy.count(1) >= 64 - 10

@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import os
-import shlex
 import signal
 import socket
 import subprocess
@@ -23,10 +22,16 @@ from PIL import Image
 
 from jobs import deployment, serve_sampler
 from jobs.configs.serve_sampler import Scale, ServeSamplerJob
+from jobs.rate_limits import NAMESPACE, actor_name
+from pipelines.sampling.access import AccessSettings
+from pipelines.sampling.engine import Start
+from pipelines.sampling.keys import add_key, remove_key
+from pipelines.sampling.rate_limits import RateLimits
 from tests.fixtures.models import TinyModels, tiny_models
 from tests.fixtures.ray_head import free_ports
 
 ROOT = Path(__file__).parents[2]
+RATE = RateLimits(pictures_per_minute=1e6, burst=1000)
 
 
 @dataclass(frozen=True)
@@ -36,9 +41,14 @@ class Served:
     url: str
     job: ServeSamplerJob
     models: TinyModels
+    key: str
 
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0)
+
+    @property
+    def bearer(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.key}"}
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +58,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
 
 @pytest.fixture(scope="module")
 def served(ray_cluster: None, models: TinyModels, tmp_path_factory: Any) -> Iterator[Served]:
+    output = tmp_path_factory.mktemp("serving")
+    key = add_key(output / "keys", "ann")
     job = ServeSamplerJob(
-        output=tmp_path_factory.mktemp("serving"),
+        access=AccessSettings(keys=output / "keys", rate=RATE),
+        output=output,
         tokenizer=models.tokenizer,
         dvae=models.dvae,
         prior=models.prior,
@@ -59,7 +72,7 @@ def served(ray_cluster: None, models: TinyModels, tmp_path_factory: Any) -> Iter
         samplers=Scale(replicas=2),
     )
     with deployment.serve_in_background(job) as url:
-        yield Served(url=url, job=job, models=models)
+        yield Served(url=url, job=job, models=models, key=key)
     with socket.socket() as probe:  # whoever leaves, frees the port
         assert probe.connect_ex((job.host, job.port)) != 0
 
@@ -143,20 +156,81 @@ def test_raw_http_is_answered_in_the_envelope_with_one_request_id(served: Served
         ("GET", "/v1/images/generations", 405),
         ("POST", "/v1/images/generations", 415),
     ):
-        answer = httpx.request(method, f"{served.url}{path}", content=b"{}")
+        answer = httpx.request(method, f"{served.url}{path}", content=b"{}", headers=served.bearer)
         assert answer.status_code == status
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
         assert len(answer.headers.get_list("x-request-id")) == 1
     large = {"prompt": "a" * 70_000}
-    answer = httpx.post(f"{served.url}/v1/images/generations", json=large)
+    answer = httpx.post(f"{served.url}/v1/images/generations", json=large, headers=served.bearer)
     assert answer.status_code == 413
     assert httpx.get(f"{served.url}/healthz").json() == {"status": "ok", "model": "manray"}
 
 
 def test_the_printed_curl_line_works(served: Served) -> None:
-    line = deployment.curl_line(served.url, 'it\'s a "red" apple')
-    done = subprocess.run(shlex.split(line), capture_output=True, check=True, timeout=60)
+    line = deployment.curl_line(served.url, 'it\'s a "red" apple', with_key=True)
+    done = subprocess.run(
+        ["sh", "-c", line],
+        env=os.environ | {"MANRAY_KEY": served.key},
+        capture_output=True,
+        check=True,
+        timeout=60,
+    )
     assert pixels_of(json.loads(done.stdout)["data"][0]["b64_json"]).shape == (64, 64, 3)
+
+
+def test_a_stream_comes_through_as_it_is_drawn(served: Served) -> None:
+    stream = served.client().images.generate(
+        prompt="dog", stream=True, partial_images=3, extra_body={"seed": 4}
+    )
+    events: list[Any] = list(stream)
+    assert [event.type.rpartition(".")[2] for event in events] == [
+        *["partial_image"] * 3,
+        "completed",
+    ]
+    assert [event.rows for event in events[:3]] == [2, 4, 6]
+    wanted = served.models.sampler().generate("dog", seed=4)[0]
+    assert np.array_equal(pixels_of(events[3].b64_json), wanted)
+
+
+def test_a_picture_is_completed_from_its_upper_rows(served: Served) -> None:
+    sampler = served.models.sampler()
+    original, file = sampler.generate("dog", seed=5)[0], io.BytesIO()
+    Image.fromarray(original).save(file, "PNG")
+    answer = served.client().images.edit(
+        image=file.getvalue(), prompt="dog", extra_body={"seed": 9, "keep_rows": 3}
+    )
+    start = Start(tokens=sampler.first_rows(original, 3))
+    wanted = sampler.sample(["dog"], n=1, seed=9, start=start)[0][0]
+    assert answer.data is not None
+    assert np.array_equal(pixels_of(answer.data[0].b64_json), wanted.pixels)
+
+
+def test_the_page_is_there_and_the_rest_needs_a_key_of_the_file(served: Served) -> None:
+    page = httpx.get(f"{served.url}/")
+    assert "playground" in page.text
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert httpx.get(f"{served.url}/v1/models").status_code == 401
+    keys = served.job.access.keys
+    assert keys is not None
+    bob = {"authorization": f"Bearer {add_key(keys, 'bob')}"}
+    assert httpx.get(f"{served.url}/v1/models", headers=bob).status_code == 200
+    remove_key(keys, "bob")
+    assert httpx.get(f"{served.url}/v1/models", headers=bob).status_code == 401
+    evil = served.bearer | {"host": "evil.example"}
+    assert httpx.get(f"{served.url}/v1/models", headers=evil).status_code == 421
+
+
+def test_all_replicas_share_the_buckets_of_a_key(served: Served) -> None:
+    import ray
+
+    assert served.client().images.generate(prompt="dog").data
+    buckets = ray.get_actor(actor_name(RATE), namespace=NAMESPACE)
+    assert ray.get(buckets.take.remote("nobody", 1000)) == 0
+    assert ray.get(buckets.take.remote("nobody", 1000)) > 0
+    ray.kill(buckets)
+    assert served.client().images.generate(prompt="dog").data
+    again = ray.get_actor(actor_name(RATE), namespace=NAMESPACE)
+    assert ray.get(again.take.remote("nobody", 1000)) == 0
 
 
 def test_the_record_says_what_is_served_where(served: Served) -> None:

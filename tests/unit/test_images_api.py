@@ -12,6 +12,7 @@ from PIL import Image
 from pipelines.sampling.api import Delivery, ImagesRequest, ServedModel, parse_request
 from pipelines.sampling.drawing import ALL_CODES, LARGEST_SEED, SamplingConfig
 from pipelines.sampling.engine import Sample
+from pipelines.sampling.model_card import model_card
 from pipelines.sampling.openai_answers import render_response
 from pipelines.sampling.openai_errors import ApiError
 from pipelines.sampling.picture_source import RankedPicture
@@ -207,3 +208,21 @@ def test_the_answer_has_the_pictures_their_seeds_and_the_tokens_used() -> None:
     assert answer["usage"]["input_tokens"] == 2
     assert answer["usage"]["output_tokens"] == 128
     assert answer["usage"]["total_tokens"] == 130
+
+
+def test_the_card_says_what_the_file_notes_at_a_length_that_a_page_can_bear() -> None:
+    config = {"n_layers": 3, "n_heads": 2, "d_model": 32, "grid": 8, "image_vocab_size": 8192}
+    header = {
+        "config": config | {"text_len": 16},
+        "metadata": {
+            "tokens_digest": "0123456789abcdef" * 4,
+            "training": {"steps": 3000},
+            "corpus": "<b>" * 1000,
+        },
+    }
+    card = model_card(header, "4f3c", "tiny")
+    assert {"Preset": "tiny", "Step": "3000", "Run": "4f3c"}.items() <= card.items()
+    assert card["Training data"] == "sha256 0123456789ab"
+    assert card["Picture"] == "8 × 8 of 8,192 codes"
+    assert len(card["Corpus"]) == 300
+    assert "Run" not in model_card(header, "")
