@@ -116,7 +116,7 @@ class FollowMetrics:
             if "notice" in row and line not in self._said:
                 self._said.add(line)
                 self._progress.say(row["notice"])
-        if metrics := [row for _, row in rows if "notice" not in row]:
+        if metrics := [row for _, row in rows if any(key in row for key in self._keys)]:
             self._show(metrics[-1])
 
     def _show(self, row: dict[str, float]) -> None:
