@@ -256,7 +256,7 @@ ACTIONS = st.lists(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(slots=st.integers(2, 7), actions=ACTIONS)
 def test_slots_never_leak(packed: PackedPrior, slots: int, actions: list[tuple]) -> None:
     batch, text = Batch(packed, slots), prompts(1, TINY)[0]
