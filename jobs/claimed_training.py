@@ -7,6 +7,7 @@ from typing import Any
 from jobs import runtime
 from pipelines.data import plan
 from pipelines.data.storage import sha256_file
+from pipelines.training import tracking
 from pipelines.training.run_directory import read_result
 from pipelines.training.stopping import Stopped
 
@@ -29,6 +30,7 @@ def train_once(
         plan.claim(output, stage=stage, config=settings, inputs=inputs)
         if model_file.exists():
             runtime.nothing_to_do(model_file)
+            tracking.catch_up(output, runtime.tracking_uri())
         else:
             train()
     if not model_file.exists():

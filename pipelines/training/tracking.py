@@ -22,6 +22,7 @@ from pipelines.training.mlflow_run import OUTBOX, MlflowRun
 from pipelines.training.outbox import Outbox
 
 METRICS_FILE = "metrics.jsonl"
+WANTED_FILE = ".mlflow_wanted.json"  # what an output's run is to be
 ENTERED_FILE = ".mlflow_entered.json"
 PARAM_LENGTH = 500  # what every MLflow backend stores of a parameter's value
 
@@ -124,8 +125,9 @@ def open_run(
     A job that goes on where it stopped goes on in the run it had.
     """
     tracker = Tracker(directory, uri)
-    run = MlflowRun(config.experiment, stage=stage, tags=tags, directory=directory, uri=uri)
-    with run.courier(directory / METRICS_FILE):
+    wanted = {"experiment": config.experiment, "stage": stage, "tags": dict(tags)}
+    replace_file(directory / WANTED_FILE, canonical_json(wanted))
+    with _run(directory, uri).courier(directory / METRICS_FILE):
         tracker.log_params(settings)
         try:
             yield tracker
@@ -136,6 +138,18 @@ def open_run(
             tracker.finish("FAILED")
             raise
         tracker.finish("FINISHED")
+
+
+def catch_up(directory: Path, uri: str) -> None:
+    """Deliver what waits since an MLflow that was away when the output's job ended."""
+    if uri and Outbox(directory / OUTBOX).entries():
+        with _run(directory, uri).courier(directory / METRICS_FILE):
+            pass  # leaving it delivers what is left
+
+
+def _run(directory: Path, uri: str) -> MlflowRun:
+    wanted = json.loads((directory / WANTED_FILE).read_bytes())
+    return MlflowRun(**wanted, directory=directory, uri=uri)
 
 
 def _flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

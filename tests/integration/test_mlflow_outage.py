@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 
 from pipelines.training.mlflow_run import OUTBOX, run_id_of
 from pipelines.training.outbox import Outbox
-from pipelines.training.tracking import TrackingConfig, open_run
+from pipelines.training.tracking import TrackingConfig, catch_up, open_run
 from tests.fixtures.cut_line import Line, line_to
 
 CONFIG = TrackingConfig(experiment="outage")
@@ -95,16 +95,21 @@ def test_an_outage_costs_no_time_and_no_entry(
         # 50 ms a call are what an MLflow that answers costs at its best; this is for a busy disk.
         assert (time.monotonic() - started) / CALLS < 0.05
         assert len(waiting()) == CALLS
-        until(lambda: list((tmp_path / OUTBOX).glob("*.tried")))
+        words: list[str] = []
+
+        def said() -> list[str]:
+            words.extend(capfd.readouterr().err.splitlines())
+            return [row for row in words if row.startswith("MLflow at")]
+
+        until(said)
         line.mend()
         until(lambda: not waiting())
     run_id = run_id_of(tmp_path)
     assert steps_of(client, run_id) == list(range(CALLS))
     assert client.get_run(run_id).info.status == "FINISHED"
     assert len(client.list_artifacts(run_id, "images")) == 2  # the picture, and a smaller one
-    said = [row for row in capfd.readouterr().err.splitlines() if row.startswith("MLflow at")]
-    assert ["does not answer" in row for row in said] == [True, False]
-    assert "answers again" in said[1]
+    assert ["does not answer" in row for row in said()] == [True, False]
+    assert "answers again" in said()[1]
 
 
 def test_an_answer_that_is_lost_doubles_nothing(server: int, line: Line, tmp_path: Path) -> None:
@@ -153,3 +158,24 @@ def test_what_was_missed_in_one_run_of_a_job_is_entered_in_the_next(
         for step in (2, 3):  # as a training that goes on after update 1
             tracker.log_metrics({"loss": 1.0}, step)
     assert steps_of(client, run_id_of(tmp_path)) == [1, 2, 3]
+
+
+def test_an_outage_at_the_end_is_made_good_when_the_job_is_run_again(
+    server: int, line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.training.outbox.PARTING_S", 0.1)
+    uri = f"http://127.0.0.1:{line.port}"
+    line.cut()
+    with open_run(
+        CONFIG, stage="train", settings={}, tags={"a": "b"}, directory=tmp_path, uri=uri
+    ) as tracker:
+        tracker.log_metrics({"loss": 3.0}, 1)
+    assert run_id_of(tmp_path) == ""
+    line.mend()
+    monkeypatch.undo()
+    catch_up(tmp_path, uri)
+    catch_up(tmp_path, uri)
+    client = MlflowClient(f"http://127.0.0.1:{server}")
+    run = client.get_run(run_id_of(tmp_path))
+    assert (run.info.status, run.data.tags["a"]) == ("FINISHED", "b")
+    assert steps_of(client, run.info.run_id) == [1]
