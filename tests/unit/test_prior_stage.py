@@ -10,11 +10,12 @@ import torch
 from mlflow import MlflowClient
 
 from models.prior import PriorConfig
+from pipelines.training.mlflow_run import run_id_of
 from pipelines.training.prior_loop import Cadence
 from pipelines.training.prior_stage import ODD_FILE, PRIOR_FILE, PriorStage, run_prior_stage
 from pipelines.training.run_directory import read_result
 from pipelines.training.stopping import StopRequest
-from pipelines.training.tracking import TrackingConfig, open_run, run_id_of
+from pipelines.training.tracking import TrackingConfig, open_run
 from pipelines.training.watchdog import WatchdogConfig
 from tests.fixtures.datasets import tiny_tokens
 from tests.fixtures.tiny_training import tiny_training
