@@ -30,9 +30,8 @@ from pipelines.sampling.loading import (
     load_sampler,
     torch_device,
 )
-from pipelines.sampling.local_pictures import ServingLimits
 from pipelines.sampling.packing import Precision
-from pipelines.sampling.picture_source import Busy
+from pipelines.sampling.picture_source import Busy, ServingLimits
 from pipelines.sampling.pieces import FinishedPicture, Piece, PieceItem, PieceSampler
 from pipelines.sampling.reranking import load_reranker
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from jobs.configs.job import Job
 from pipelines.sampling.access import AccessSettings, check_exposure
 from pipelines.sampling.loading import DeviceChoice
-from pipelines.sampling.local_pictures import ServingLimits
 from pipelines.sampling.packing import Precision
+from pipelines.sampling.picture_source import ServingLimits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,17 @@ import numpy as np
 
 from pipelines.sampling.api import ImagesRequest
 from pipelines.sampling.engine import Sampler
-from pipelines.sampling.local_pictures import Item, Scorer, ServingLimits
 from pipelines.sampling.openai_errors import SERVER_ERROR, ApiError
 from pipelines.sampling.packing import Precision
-from pipelines.sampling.picture_source import Busy, PartialPicture, RankedPicture, TooLate
+from pipelines.sampling.picture_source import (
+    Busy,
+    Item,
+    PartialPicture,
+    RankedPicture,
+    Scorer,
+    ServingLimits,
+    TooLate,
+)
 from pipelines.sampling.pieces import FinishedPicture, Piece, PieceItem, PieceSampler, piece_of
 
 SCORED_TOGETHER = 16

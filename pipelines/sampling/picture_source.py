@@ -33,6 +33,30 @@ class RankedPicture:
     """How well it fits the prompt; None where nothing was ranked."""
 
 
+Item = PartialPicture | list[RankedPicture]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingLimits:
+    """What one sampler takes on."""
+
+    deadline_seconds: float = 120.0
+    """From a request's arrival to its pictures; no header of a client changes it."""
+    max_waiting: int = 8
+    """Requests that may wait while one is sampled; a further one gets 429."""
+    retry_after_seconds: int = 2
+    """What a client that got 429 is told to wait."""
+
+    def __post_init__(self) -> None:
+        if self.deadline_seconds <= 0:
+            raise ValueError(f"deadline_seconds must be positive, got {self.deadline_seconds}")
+        if self.max_waiting < 0 or self.retry_after_seconds < 0:
+            raise ValueError(
+                "max_waiting and retry_after_seconds must be 0 or more, "
+                f"got {self.max_waiting}, {self.retry_after_seconds}"
+            )
+
+
 class Busy(Exception):
     """The queue is full."""
 
@@ -57,4 +81,12 @@ class PictureSource(Protocol):
         Closing the generator (aclose) frees the request's slots within one token step. Raises Busy
         before the first item, TooLate, and NonFiniteLogits.
         """
+        ...
+
+
+class Scorer(Protocol):
+    """What ranks: a reranker."""
+
+    def scores(self, prompt: str, pictures: np.ndarray) -> np.ndarray:
+        """How well pictures (N, H, W, 3) uint8 fit a prompt, float32 (N,)."""
         ...

@@ -18,9 +18,9 @@ from pipelines.sampling.batch_thread import BatchThread, Load
 from pipelines.sampling.batching import Batch
 from pipelines.sampling.drawing import SamplingConfig, candidate_seed
 from pipelines.sampling.engine import Sample, Sampler
-from pipelines.sampling.local_pictures import moments, partial_pixels
 from pipelines.sampling.orders import Drawn, Order, Tell
 from pipelines.sampling.packing import Precision
+from pipelines.sampling.partial_pictures import moments, partial_pixels
 from pipelines.sampling.picture_source import PartialPicture
 
 

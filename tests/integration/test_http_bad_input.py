@@ -19,7 +19,7 @@ from pipelines.sampling.batching import Batch
 from pipelines.sampling.engine import Sampler
 from pipelines.sampling.http_app import Operations
 from pipelines.sampling.keys import add_key, remove_key
-from pipelines.sampling.local_pictures import ServingLimits
+from pipelines.sampling.picture_source import ServingLimits
 from pipelines.sampling.policies import PolicySettings
 from pipelines.sampling.rate_limits import RateLimits
 from tests.fixtures.http_server import app_of, before_steps, serving

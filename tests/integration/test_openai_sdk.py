@@ -21,8 +21,8 @@ from pipelines.sampling.batching import Batch
 from pipelines.sampling.diagnosis import NonFiniteLogits
 from pipelines.sampling.engine import Sampler, Start
 from pipelines.sampling.http_app import build_app
-from pipelines.sampling.local_pictures import GREY, Item
-from pipelines.sampling.picture_source import Busy, PartialPicture, TooLate
+from pipelines.sampling.partial_pictures import GREY
+from pipelines.sampling.picture_source import Busy, Item, PartialPicture, TooLate
 from pipelines.sampling.rate_limits import RateLimits
 from tests.fixtures.http_server import app_of, before_steps, model_of, serving
 from tests.fixtures.models import tiny_models

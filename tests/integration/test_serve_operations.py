@@ -25,7 +25,7 @@ from PIL import Image
 from jobs import deployment
 from jobs.configs.serve_sampler import Scale, ServeSamplerJob
 from pipelines.sampling.diagnosis import NonFiniteLogits
-from pipelines.sampling.local_pictures import ServingLimits
+from pipelines.sampling.picture_source import ServingLimits
 from pipelines.training.weights import load_prior, save_model
 from tests.fixtures.models import TINY, TinyModels, random_prior, tiny_clip, tiny_models
 from tests.fixtures.ray_head import free_ports

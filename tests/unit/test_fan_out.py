@@ -12,9 +12,14 @@ from pipelines.sampling.api import ImagesRequest
 from pipelines.sampling.drawing import SamplingConfig
 from pipelines.sampling.engine import Sampler
 from pipelines.sampling.fan_out import FanOut, SamplerGone, Samplers, SlotPictures
-from pipelines.sampling.local_pictures import ServingLimits
 from pipelines.sampling.openai_errors import ApiError
-from pipelines.sampling.picture_source import Busy, PartialPicture, RankedPicture, TooLate
+from pipelines.sampling.picture_source import (
+    Busy,
+    PartialPicture,
+    RankedPicture,
+    ServingLimits,
+    TooLate,
+)
 from pipelines.sampling.pieces import Piece, PieceItem, PieceSampler
 from tests.fixtures.models import tiny_models
 

@@ -19,7 +19,7 @@ from pipelines.sampling.access import AccessSettings
 from pipelines.sampling.api import BODY_BYTES
 from pipelines.sampling.batching import Batch
 from pipelines.sampling.engine import Sampler
-from pipelines.sampling.local_pictures import ServingLimits
+from pipelines.sampling.picture_source import ServingLimits
 from tests.fixtures import http_server
 from tests.fixtures.models import TinyModels, tiny_models
 

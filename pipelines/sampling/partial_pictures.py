@@ -1,0 +1,30 @@
+"""Pictures while they are drawn: when they are shown, and what of them.
+
+Letters: B pictures, K image tokens, H and W the picture's sides.
+"""
+
+import numpy as np
+from torch import Tensor
+
+from pipelines.sampling.engine import Sampler
+
+GREY = 128
+
+
+def moments(given: int, grid: int, count: int) -> list[int]:
+    """Rows after which pictures are shown: `count` equal steps from the `given` ones to the end."""
+    steps = (given + (grid - given) * step // (count + 1) for step in range(1, count + 1))
+    return sorted({rows for rows in steps if given < rows < grid})
+
+
+def partial_pixels(sampler: Sampler, tokens: Tensor, rows: int) -> np.ndarray:
+    """Pictures (B, H, W, 3) uint8 of the first rows of tokens (B, K); the rest is grey.
+
+    The decoder looks a few rows ahead: it is shown the last row again.
+    """
+    grid = sampler.prior.config.grid
+    raster = tokens.view(-1, grid, grid).clone()
+    raster[:, rows:] = raster[:, rows - 1 : rows]
+    pixels = sampler.decode(raster.flatten(1))
+    pixels[:, rows * sampler.image_size // grid :] = GREY
+    return pixels
