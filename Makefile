@@ -40,10 +40,10 @@ check: $(READY) ## format, lint, types, who imports whom
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: $(READY) ## unit and integration tests: about 20 minutes on 2 cores
+test: $(READY) ## unit and integration tests: about 30 minutes on 2 cores
 	$(BIN)/pytest tests/unit tests/integration -m "not chaos and not gpu" $(ARGS)
 
-chaos: $(READY) ## kill jobs, workers, nodes and S3 between any two steps: 240 schedules, about 30 minutes
+chaos: $(READY) ## kill jobs, workers, nodes and S3 between any two steps: 240 schedules, an hour or so
 	$(BIN)/pytest tests/unit tests/integration -m chaos $(ARGS)
 
 bench: $(READY) ## side by side with peers, into runs/bench/TOPIC.json
