@@ -4,13 +4,11 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from jobs import runtime, workers
-from jobs.claimed_training import train_once
+from jobs import workers
+from jobs.claimed_training import train_once, training_run
 from jobs.configs.stage_one import TrainStageOneJob
 from jobs.picture_stream import batches_of
-from jobs.progress import FollowMetrics
 from pipelines.data.stage import Manifest
-from pipelines.training import tracking
 from pipelines.training.picture_loader import PictureBatch
 from pipelines.training.run_directory import run_tags
 from pipelines.training.stage_one_stage import StageOneStage, model_file, run_stage_one
@@ -51,25 +49,15 @@ def train(job: TrainStageOneJob) -> dict[str, Any]:
 
 
 def _train(job: TrainStageOneJob, settings: dict[str, Any], inputs: dict[str, str]) -> None:
-    uri = runtime.tracking_uri()
-    verb = f"train_{stage_one_kind(job.model)}"
-    with (
-        runtime.ray_session(),
-        tracking.open_run(
-            job.tracking,
-            stage=verb,
-            settings=settings,
-            tags=run_tags(inputs, {"filtered": job.filtered}),
-            directory=job.output,
-            uri=uri,
-        ),
-        FollowMetrics(
-            job.output / tracking.METRICS_FILE,
-            verb,
-            job.training.steps,
-            ("hard_elb", "gap", "perplexity", "images_per_second"),
-        ),
-    ):
+    with training_run(
+        job.tracking,
+        job.output,
+        stage=f"train_{stage_one_kind(job.model)}",
+        steps=job.training.steps,
+        settings=settings,
+        tags=run_tags(inputs, {"filtered": job.filtered}),
+        shown=("hard_elb", "gap", "perplexity", "images_per_second"),
+    ) as uri:
         # The workers' own directory is elsewhere.
         stage = StageOneStage(
             output=job.output.resolve(),

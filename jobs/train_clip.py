@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from jobs import runtime, workers
-from jobs.claimed_training import train_once
+from jobs.claimed_training import train_once, training_run
 from jobs.configs.train_clip import PRESETS, TrainClipJob
 from jobs.picture_stream import batches_of
-from jobs.progress import FollowMetrics
 from models.clip import count_parameters
 from pipelines.data.stage import Manifest
 from pipelines.data.storage import Location, sha256_file
 from pipelines.data.tokenizer import CaptionTokenizer
-from pipelines.training import tracking
 from pipelines.training.clip_files import CLIP_FILE
 from pipelines.training.clip_stage import ClipStage, run_clip
 from pipelines.training.pair_loader import PairBatch
@@ -85,24 +83,15 @@ def _train(job: TrainClipJob, settings: dict[str, Any], inputs: dict[str, str]) 
     }
     if job.training.redrawn:
         parents["dvae"] = job.dvae.parent
-    uri = runtime.tracking_uri()
-    with (
-        runtime.ray_session(),
-        tracking.open_run(
-            job.tracking,
-            stage=STAGE,
-            settings=settings,
-            tags=run_tags(inputs, parents),
-            directory=job.output,
-            uri=uri,
-        ),
-        FollowMetrics(
-            job.output / tracking.METRICS_FILE,
-            STAGE,
-            job.training.steps,
-            ("loss", "batch_accuracy", "images_per_second"),
-        ),
-    ):
+    with training_run(
+        job.tracking,
+        job.output,
+        stage=STAGE,
+        steps=job.training.steps,
+        settings=settings,
+        tags=run_tags(inputs, parents),
+        shown=("loss", "batch_accuracy", "images_per_second"),
+    ) as uri:
         # The workers' own directory is elsewhere.
         stage = ClipStage(
             output=job.output.resolve(),

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from jobs import runtime, workers
-from jobs.claimed_training import train_once
+from jobs.claimed_training import train_once, training_run
 from jobs.configs.train_prior import PRESETS, TrainPriorJob
 from jobs.plan_table import does_not_fit, plan_lines
-from jobs.progress import FollowMetrics
 from pipelines.data.stage import Manifest
 from pipelines.data.storage import Location, sha256_file
 from pipelines.data.tokenizer import CaptionTokenizer
-from pipelines.training import tracking
 from pipelines.training.prior_stage import PRIOR_FILE, PriorStage, run_prior_stage
 from pipelines.training.run_directory import run_tags
 from pipelines.training.stopping import StopRequest
@@ -71,24 +69,15 @@ def _train(job: TrainPriorJob, settings: dict[str, Any], inputs: dict[str, str])
         "dvae": job.dvae.parent,
         "tokenizer": job.tokenizer.parent,
     }
-    uri = runtime.tracking_uri()
-    with (
-        runtime.ray_session(),
-        tracking.open_run(
-            job.tracking,
-            stage="train_prior",
-            settings=settings,
-            tags=run_tags(inputs, parents),
-            directory=job.output,
-            uri=uri,
-        ),
-        FollowMetrics(
-            job.output / tracking.METRICS_FILE,
-            "train_prior",
-            job.training.steps,
-            ("image_loss", "text_loss"),
-        ),
-    ):
+    with training_run(
+        job.tracking,
+        job.output,
+        stage="train_prior",
+        steps=job.training.steps,
+        settings=settings,
+        tags=run_tags(inputs, parents),
+        shown=("image_loss", "text_loss"),
+    ) as uri:
         stage = PriorStage(
             output=job.output.resolve(),
             tokens=job.tokens.resolve(),

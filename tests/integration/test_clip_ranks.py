@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from pipelines.training.clip_trainer import ClipTrainer
+from tests.fixtures.ranks import KILLED, on_two_that_may_die
 from tests.unit.test_clip_training import (
     CONFIG,
     CPU,
@@ -20,8 +20,6 @@ from tests.unit.test_clip_training import (
     stage_one,
     training,
 )
-
-KILLED = 9
 
 
 def run_rank(rank: int, path: Path, kill_at: int, meeting: Path) -> None:
@@ -54,22 +52,8 @@ def first_update(rank: int, world_size: int) -> dict[str, Any]:
     }
 
 
-def spawn(path: Path, kill_at: int = 0) -> list[dict[str, Any]]:
-    """What each of two processes was told; empty if they were to end without a word."""
-    path.mkdir(exist_ok=True)
-    arguments = (path, kill_at, path / f"meeting-{kill_at}")
-    context = mp.start_processes(run_rank, arguments, nprocs=2, join=False, start_method="spawn")
-    for process in context.processes:
-        process.join(120)
-    codes = [process.exitcode for process in context.processes]
-    assert codes == ([KILLED, KILLED] if kill_at else [0, 0])
-    if kill_at:
-        return []
-    return [torch.load(path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-
-
 def test_two_processes_learn_from_one_batch_and_end_in_the_same_bits(tmp_path: Path) -> None:
-    whole = spawn(tmp_path / "whole")
+    whole = on_two_that_may_die(run_rank, tmp_path / "whole")
     alone = first_update(0, 1)
     for rank in whole:
         for name in ("loss", "batch_accuracy"):
@@ -78,8 +62,8 @@ def test_two_processes_learn_from_one_batch_and_end_in_the_same_bits(tmp_path: P
         torch.testing.assert_close(
             rank["gradients"], alone["gradients"], atol=1e-6 * scale, rtol=1e-4
         )
-    spawn(tmp_path / "killed", kill_at=5)
-    resumed = spawn(tmp_path / "killed")
+    on_two_that_may_die(run_rank, tmp_path / "killed", kill_at=5)
+    resumed = on_two_that_may_die(run_rank, tmp_path / "killed")
     for one, other in zip(whole, resumed, strict=True):
         check_resumed(one, other)
     assert same(whole[0]["weights"], whole[1]["weights"])
