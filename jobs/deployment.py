@@ -39,7 +39,7 @@ def serve_in_background(job: ServeSamplerJob) -> Iterator[str]:
 
         _quiet()
         serve.start(
-            proxy_location="HeadOnly",
+            proxy_location="Disabled" if job.listen == "ingress" else "HeadOnly",
             http_options={
                 "host": job.host,
                 "port": job.port,

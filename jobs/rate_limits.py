@@ -19,10 +19,14 @@ class SharedBudget:
 
     def __init__(self, limits: RateLimits) -> None:
         self._limits = limits
-        self._actor = self._find()
+        self._limited = limits.pictures_per_minute > 0
+        if self._limited:
+            self._actor = self._find()
 
     async def take(self, holder: str, pictures: int) -> float:
         """See `PictureBudget`."""
+        if not self._limited:  # a call to another process costs a millisecond of both
+            return 0.0
         from ray.exceptions import RayActorError
 
         try:
@@ -33,7 +37,8 @@ class SharedBudget:
 
     async def give_back(self, holder: str, pictures: int) -> None:
         """See `PictureBudget`."""
-        self._actor.give_back.remote(holder, pictures)
+        if self._limited:
+            self._actor.give_back.remote(holder, pictures)
 
     async def _take(self, holder: str, pictures: int) -> float:
         answer = self._actor.take.remote(holder, pictures)

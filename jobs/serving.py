@@ -8,11 +8,13 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jobs.listening import Listener
 from jobs.rate_limits import SharedBudget
 from jobs.serving_metrics import IngressMetrics, report_load, report_requests
 from pipelines.data.tokenizer import CaptionTokenizer
@@ -21,7 +23,7 @@ from pipelines.sampling.api import ServedModel
 from pipelines.sampling.batch_thread import Load
 from pipelines.sampling.drawing import SamplingConfig
 from pipelines.sampling.engine import check_prompt
-from pipelines.sampling.fan_out import FanOut, SamplerGone, Samplers
+from pipelines.sampling.fan_out import SCORED_TOGETHER, FanOut, SamplerGone, Samplers
 from pipelines.sampling.http_app import Operations, build_app
 from pipelines.sampling.loading import (
     DeviceChoice,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 PATIENCE_SECONDS = 5.0
+SECONDS_TO_MOVE = 2.0  # for clients that keep a connection, to the replica that takes over
 LARGEST_POOL = 512  # paper, 2.6
 FIRST_PIECE = Piece(
     prompt="warm up",
@@ -78,6 +81,8 @@ class IngressSettings:
     slots: int
     limits: ServingLimits
     access: AccessSettings
+    address: tuple[str, int] | None
+    """Where the ingress listens itself; None: Ray Serve's proxies do."""
 
 
 class SamplerReplica:
@@ -93,6 +98,11 @@ class SamplerReplica:
         """See `PieceSampler.draw`. Serve throws CancelledError into it when the caller leaves."""
         async for item in self._pieces.draw(piece):
             yield item
+
+    async def draw_whole(self, piece: Piece) -> list[PieceItem]:
+        """All of a piece at once: one message instead of one a picture."""
+        async with aclosing(self._pieces.draw(piece)) as items:
+            return [item async for item in items]
 
     def first_rows(self, picture: np.ndarray, rows: int) -> np.ndarray:
         """See `Sampler.first_rows`."""
@@ -124,7 +134,7 @@ class RerankerReplica:
 
 
 class Ingress:
-    """Speaks HTTP, and knows where pictures come from."""
+    """Knows where pictures come from, and what is said over HTTP."""
 
     def __init__(self, settings: IngressSettings, samplers: Any, reranker: Any = None) -> None:
         _show_access_log()
@@ -153,13 +163,16 @@ class Ingress:
             model,
             Access(settings.access, SharedBudget(settings.access.rate)),
             Operations(metrics=self._said, not_ready=self._not_ready),
-            host_numbers_requests=True,
+            host_numbers_requests=settings.address is None,
         )
 
         self._report = asyncio.create_task(report_requests(self._metrics, self._source))
 
     def __serve_build_asgi_app__(self) -> "FastAPI":
         return self._app
+
+    def check_health(self) -> None:
+        """Called by Serve, which replaces a replica that raises."""
 
     async def _draw(self, piece: Piece) -> AsyncGenerator[PieceItem, None]:
         from ray.exceptions import RayActorError
@@ -169,10 +182,16 @@ class Ingress:
             ReplicaUnavailableError,
         )
 
-        items, ended = self._stream.draw.remote(piece), False
+        together = not piece.partial_images and len(piece.indices) <= SCORED_TOGETHER
+        draw = self._samplers.draw_whole if together else self._stream.draw
+        answer, ended = draw.remote(piece), False
         try:
-            async for item in items:
-                yield item
+            if together:
+                for item in await answer:
+                    yield item
+            else:
+                async for item in answer:
+                    yield item
             ended = True
         except (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError) as error:
             raise SamplerGone from error
@@ -180,7 +199,7 @@ class Ingress:
             raise Busy(PATIENCE_SECONDS) from error
         finally:
             if not ended:
-                items.cancel()
+                answer.cancel()
 
     async def _score(self, prompt: str, pictures: np.ndarray) -> np.ndarray:
         scores: np.ndarray = await self._reranker.scores.remote(prompt, pictures)
@@ -202,6 +221,23 @@ class Ingress:
 
     async def _said(self) -> str:
         return self._metrics.text(self._source)
+
+
+class ListeningIngress(Ingress):
+    """Accepts connections itself."""
+
+    def __init__(self, settings: IngressSettings, samplers: Any, reranker: Any = None) -> None:
+        super().__init__(settings, samplers, reranker)
+        assert settings.address is not None
+        self._listener = Listener(self._app, *settings.address)
+
+    def check_health(self) -> None:
+        """Called by Serve, which replaces a replica that raises."""
+        self._listener.check()
+
+    async def __del__(self) -> None:
+        """Called by Serve before the process ends."""
+        await self._listener.close(SECONDS_TO_MOVE)
 
 
 def _show_access_log() -> None:

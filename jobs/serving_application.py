@@ -16,6 +16,7 @@ from jobs.configs.train_prior import PRESETS as PRIOR_PRESETS
 from jobs.serving import (
     Ingress,
     IngressSettings,
+    ListeningIngress,
     RerankerReplica,
     SamplerReplica,
     SamplerSettings,
@@ -85,7 +86,9 @@ def application(job: ServeSamplerJob, checked: CheckedFiles) -> Any:
             job.device,
             max(1, job.rerankers.cpus),
         )
-    ingress = _deployed(job, serve.ingress()(Ingress), "ingress", job.ingress)
+    listens = job.listen == "ingress"
+    kind = ListeningIngress if listens else serve.ingress()(Ingress)
+    ingress = _deployed(job, kind, "ingress", job.ingress)
     return ingress.bind(_ingress_settings(job, checked), samplers, reranker)
 
 
@@ -152,6 +155,7 @@ def _ingress_settings(job: ServeSamplerJob, checked: CheckedFiles) -> IngressSet
         slots=job.slots,
         limits=job.limits,
         access=_access(job),
+        address=(job.host, job.port) if job.listen == "ingress" else None,
     )
 
 

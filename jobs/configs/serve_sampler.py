@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from jobs.configs.job import Job
 from pipelines.sampling.access import AccessSettings, check_exposure
@@ -59,6 +60,9 @@ class ServeSamplerJob(Job):
     """Whether anybody who reaches the address may ask for pictures."""
     access: AccessSettings = field(default_factory=AccessSettings)
     port: int = 8000
+    listen: Literal["ingress", "proxies"] = "ingress"
+    """Who accepts connections: the ingress processes themselves, where they are; or Ray Serve's
+    proxies on every node of a cluster, which cost ten milliseconds of CPU a request."""
     device: DeviceChoice = "cpu_or_gpu"
     slots: int = 16
     """Pictures that a sampler draws at once: bounds its memory. Guidance takes two a picture."""
@@ -77,6 +81,11 @@ class ServeSamplerJob(Job):
         if not 1 <= self.port <= 65535:
             raise ValueError(f"port must be 1 to 65535, got {self.port}")
         check_exposure(self.host, self.access, allow_without_keys=self.allow_without_keys)
+        if self.listen == "ingress" and self.ingress.most_replicas:
+            raise ValueError(
+                "listen must be proxies with ingress.most_replicas: Ray Serve counts only requests "
+                "that come through them; or say ingress.replicas"
+            )
         if self.slots < 2:
             raise ValueError(f"slots must be at least 2, guidance takes two, got {self.slots}")
 

@@ -2,6 +2,7 @@
 
 A slot is a row of the batch and is free again as soon as its picture is drawn, so a late order
 joins the others in the middle of theirs. An order with guidance takes two slots a picture.
+Running a prompt holds up whoever is drawing: when many are, prompts come together, once a row.
 
 What is drawn depends on prompt, seed and settings alone. On a CPU this holds bit for bit in fp32
 (without oneDNN: on one thread): attention multiplies one row at a time, and from four rows on the
@@ -61,6 +62,7 @@ class Batch:
         self._owners: list[_Picture] = []  # of the rows in use, which are the first ones
         self._orders: list[Order] = []  # as they came
         self.steps, self.drawn = 0, 0  # how often it stepped; image tokens that came of it
+        self._last_begun = 0  # the step before which orders last got slots
 
     @property
     def busy_slots(self) -> int:
@@ -109,7 +111,8 @@ class Batch:
         now = time.monotonic()
         for order in [order for order in self._orders if order.deadline < now]:
             self._fail(order, TooLate())
-        if taken := self._take():
+        if self._may_begin() and (taken := self._take()):
+            self._last_begun = self.steps
             self._begin(taken)
         if not self._owners:
             return
@@ -124,6 +127,10 @@ class Batch:
             rows = torch.arange(len(positions), device=positions.device)
             last = self._tokens[rows, positions - 1]
             self._logits[: len(rows)] = self._decoder.step(last, positions - 1)
+
+    def _may_begin(self) -> bool:
+        few = self.busy_slots < self.slots // 4
+        return few or self.steps - self._last_begun >= self.config.grid
 
     def _take(self) -> list[_Picture]:
         """Give the free slots away; the pictures that have them now."""

@@ -86,10 +86,8 @@ class FanOut:
         """See `PictureSource.draw`."""
         if request.rerank_pool and self._samplers.score is None:
             raise ValueError("rerank_pool must be 0 where there is no reranker")
+        self.check_room()
         total = self._samplers.count * self._samplers.slots
-        if self.load >= total + self._limits.max_waiting:
-            self.tally.refused += 1
-            raise Busy(self._limits.retry_after_seconds)
         # A pool yields to others, so it does not keep them out either.
         cost = min(request.candidates * (1 + request.sampling.guided), max(1, total // 4))
         self.load += cost
@@ -109,6 +107,13 @@ class FanOut:
             raise
         finally:
             self.load -= cost
+
+    def check_room(self) -> None:
+        """See `PictureSource.check_room`; counts who is refused."""
+        total = self._samplers.count * self._samplers.slots
+        if self.load >= total + self._limits.max_waiting:
+            self.tally.refused += 1
+            raise Busy(self._limits.retry_after_seconds)
 
     async def _pictures(self, request: ImagesRequest) -> AsyncGenerator[Item, None]:
         started = time.monotonic()

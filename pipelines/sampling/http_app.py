@@ -13,6 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -20,14 +21,14 @@ from pipelines.sampling.access import Access
 from pipelines.sampling.api import BODY_BYTES, ServedModel, no_such_model, parse_request
 from pipelines.sampling.drawing import LARGEST_SEED
 from pipelines.sampling.http_body import read_body
-from pipelines.sampling.http_drawing import Commission, Studio, error_event
+from pipelines.sampling.http_drawing import Commission, Studio, error_event, server_busy
 from pipelines.sampling.http_envelope import Envelope, api_error, client_gone, http_error
-from pipelines.sampling.http_stream import ClientGone, EventStream, first_item, until_gone
+from pipelines.sampling.http_stream import ClientGone, EventStream, Scope, first_item, until_gone
 from pipelines.sampling.idempotency import Answers
 from pipelines.sampling.multipart import parse_multipart
 from pipelines.sampling.openai_edits import EDIT_BODY_BYTES, begun, parse_edit
 from pipelines.sampling.openai_errors import ApiError
-from pipelines.sampling.picture_source import PictureSource
+from pipelines.sampling.picture_source import Busy, PictureSource
 from pipelines.sampling.playground import playground
 
 JSON, FORM = "application/json", "multipart/form-data"
@@ -84,8 +85,24 @@ def build_app(
         (ClientDisconnect, client_gone),
     ):
         app.add_exception_handler(kind, handler)
-    app.add_middleware(Envelope, access=access, host_numbers_requests=host_numbers_requests)
+    app.add_middleware(
+        Envelope,
+        access=access,
+        refuse=lambda scope: _refuse_without_room(scope, source, access),
+        host_numbers_requests=host_numbers_requests,
+    )
     return app
+
+
+def _refuse_without_room(scope: Scope, source: PictureSource, access: Access) -> None:
+    """Under an onslaught nearly all that comes is refused: that must cost next to nothing."""
+    if scope["method"] != "POST" or not scope["path"].startswith("/v1/images/"):
+        return
+    try:
+        source.check_room()
+    except Busy as error:
+        access.holder(Headers(scope=scope))  # whoever has no key is told so
+        raise server_busy(error) from None
 
 
 def _add_images(app: FastAPI, studio: Studio, model: ServedModel, access: Access) -> None:

@@ -116,9 +116,7 @@ class Studio:
                     yield item
         except Busy as error:
             await self._access.budget.give_back(commission.holder, request.candidates)
-            raise try_later(
-                "The server is busy; try again later.", "server_busy", error.retry_after_seconds
-            ) from None
+            raise server_busy(error) from None
         except TooLate:
             raise ApiError(
                 "The pictures were not ready within the server's time limit.",
@@ -164,6 +162,13 @@ class Studio:
                 "rate_limit_exceeded",
                 seconds,
             )
+
+
+def server_busy(error: Busy) -> ApiError:
+    """The refusal."""
+    return try_later(
+        "The server is busy; try again later.", "server_busy", error.retry_after_seconds
+    )
 
 
 def error_event(error: Exception) -> bytes:

@@ -35,8 +35,15 @@ access_log = logging.getLogger("manray.access")
 class Envelope:
     """ASGI middleware; the app inside may add to `scope["manray"]` what the log is to say."""
 
-    def __init__(self, app: Asgi, access: Access, host_numbers_requests: bool) -> None:
-        self._app, self._access = app, access
+    def __init__(
+        self,
+        app: Asgi,
+        access: Access,
+        refuse: Callable[[Scope], None],
+        host_numbers_requests: bool,
+    ) -> None:
+        """`refuse` raises ApiError for what can be refused before anything of it is read."""
+        self._app, self._access, self._refuse = app, access, refuse
         self._host_numbers = host_numbers_requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,6 +71,7 @@ class Envelope:
 
         try:
             self._access.check_host(Headers(scope=scope))
+            self._refuse(scope)
             await self._app(scope, receive, send_with_id)
         except ApiError as refused:
             said["code"] = refused.code

@@ -9,12 +9,19 @@ from torch import Tensor
 from pipelines.sampling.engine import Sampler
 
 GREY = 128
+FIRST_SHARE = 5  # the first partial picture shows a fifth
 
 
 def moments(given: int, grid: int, count: int) -> list[int]:
-    """Rows after which pictures are shown: `count` equal steps from the `given` ones to the end."""
-    steps = (given + (grid - given) * step // (count + 1) for step in range(1, count + 1))
-    return sorted({rows for rows in steps if given < rows < grid})
+    """Rows after which pictures are shown: early for the first time, then in equal steps to the end.
+
+    Whoever watches wants to see soon that something comes of it.
+    """
+    if count == 0 or given == grid:
+        return []
+    first = given + max(1, (grid - given) // FIRST_SHARE)
+    steps = (first + (grid - first) * step // count for step in range(count))
+    return sorted({rows for rows in steps if rows < grid})
 
 
 def partial_pixels(sampler: Sampler, tokens: Tensor, rows: int) -> np.ndarray:

@@ -72,6 +72,10 @@ class TooLate(Exception):
 class PictureSource(Protocol):
     """What draws."""
 
+    def check_room(self) -> None:
+        """Raises Busy if there is none for any request; costs next to nothing."""
+        ...
+
     def draw(
         self, request: ImagesRequest
     ) -> AsyncGenerator[PartialPicture | list[RankedPicture], None]:
