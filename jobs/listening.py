@@ -31,6 +31,7 @@ class Listener:
         """Raises OSError if the port cannot be listened on."""
         self._app, self._leaving = app, False
         self._socket = shared_socket(host, port)
+        self._socket.listen(BACKLOG)  # from now on nobody is turned away
         self._server = _Server(
             uvicorn.Config(
                 self._answer,
@@ -45,6 +46,11 @@ class Listener:
             )
         )
         self._serving = asyncio.create_task(self._server.serve([self._socket]))
+
+    @property
+    def requests_under_way(self) -> int:
+        """Requests that are being answered."""
+        return len(self._server.server_state.tasks)
 
     def check(self) -> None:
         """Raises RuntimeError once it does not serve any more, though nobody closed it."""

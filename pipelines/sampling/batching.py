@@ -129,7 +129,7 @@ class Batch:
             self._logits[: len(rows)] = self._decoder.step(last, positions - 1)
 
     def _may_begin(self) -> bool:
-        few = self.busy_slots < self.slots // 4
+        few = self.busy_slots <= self.slots // 4
         return few or self.steps - self._last_begun >= self.config.grid
 
     def _take(self) -> list[_Picture]:

@@ -13,7 +13,7 @@ FIRST_SHARE = 5  # the first partial picture shows a fifth
 
 
 def moments(given: int, grid: int, count: int) -> list[int]:
-    """Rows after which pictures are shown: early for the first time, then in equal steps to the end.
+    """Rows after which pictures are shown: first early, then in equal steps to the end.
 
     Whoever watches wants to see soon that something comes of it.
     """

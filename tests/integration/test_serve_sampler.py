@@ -70,6 +70,7 @@ def served(ray_cluster: None, models: TinyModels, tmp_path_factory: Any) -> Iter
         device="cpu",
         slots=4,
         samplers=Scale(replicas=2),
+        listen="proxies",
     )
     with deployment.serve_in_background(job) as url:
         yield Served(url=url, job=job, models=models, key=key)
@@ -187,7 +188,7 @@ def test_a_stream_comes_through_as_it_is_drawn(served: Served) -> None:
         *["partial_image"] * 3,
         "completed",
     ]
-    assert [event.rows for event in events[:3]] == [2, 4, 6]
+    assert [event.rows for event in events[:3]] == [1, 3, 5]
     wanted = served.models.sampler().generate("dog", seed=4)[0]
     assert np.array_equal(pixels_of(events[3].b64_json), wanted)
 

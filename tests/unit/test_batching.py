@@ -18,6 +18,7 @@ from pipelines.sampling.drawing import SamplingConfig
 from pipelines.sampling.image_tokens import sample_image_tokens
 from pipelines.sampling.orders import Drawn, Order
 from pipelines.sampling.packing import PackedPrior
+from pipelines.sampling.partial_pictures import moments
 from pipelines.sampling.picture_source import TooLate
 from tests.fixtures.models import TINY, prompts, random_prior
 
@@ -180,6 +181,37 @@ def test_partial_pictures_are_told_at_their_moments(packed: PackedPrior) -> None
     for part in asked.told:
         assert isinstance(part, Drawn)
         assert part.tokens.tolist() == whole[5 + part.index][: part.rows * TINY.grid]
+
+
+@pytest.mark.parametrize(("start", "grid"), [(0, 8), (0, 32), (3, 8), (7, 8), (8, 8), (0, 1)])
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_the_first_partial_picture_comes_early(start: int, grid: int, count: int) -> None:
+    rows = moments(start, grid, count)
+    assert rows == sorted(set(rows))
+    assert len(rows) == min(count, max(0, grid - start - 1))
+    assert all(start < each < grid for each in rows)
+    if rows and grid - start >= 5:
+        assert rows[0] - start <= 0.3 * (grid - start)
+
+
+def test_when_many_draw_the_next_ones_begin_together_and_soon(packed: PackedPrior) -> None:
+    """A free slot waits for a row at most; with few at work nobody waits."""
+    text, batch = prompts(1, TINY)[0], Batch(packed, 8)
+    for seed in range(3):
+        batch.add(Asked([seed], text).order)
+        batch.step()
+        assert batch.busy_slots == seed + 1
+    late = [Asked([seed], text) for seed in (3, 4)]
+    for asked in late:
+        batch.step()
+        batch.add(asked.order)
+    assert batch.waiting == 2
+    steps = 0
+    while batch.waiting:
+        batch.step()
+        steps += 1
+        assert batch.busy_slots in (3, 5)  # both at once
+    assert steps <= TINY.grid
 
 
 def test_a_dropped_orders_slots_are_free_at_once(packed: PackedPrior) -> None:
