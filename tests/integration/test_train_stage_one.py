@@ -106,7 +106,7 @@ def test_pictures_from_actors_and_from_a_thread_train_the_same_model(
 def kill_a_reader(output: Path, killed: threading.Event) -> None:
     """Wait for the first metrics, then kill one of the actors that make batches."""
     for _ in range(600):
-        if (output / "metrics.jsonl").exists() and (pids := processes_named("ray::BatchReader")):
+        if (output / "metrics.jsonl").exists() and (pids := processes_named("(BatchReader)")):
             os.kill(pids[0], signal.SIGKILL)
             killed.set()
             return
