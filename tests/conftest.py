@@ -1,6 +1,7 @@
 """What every test stands on: an environment of its own, and one small Ray for those that need it.
 
-Tests of tests/unit never ask for `ray_cluster`; Ray is not even imported for them.
+Tests of tests/unit never ask for `ray_cluster`; Ray is not even imported for them. Each of several
+processes of pytest (`make test` has two) has all of it for itself.
 """
 
 import os

@@ -35,7 +35,8 @@ from pipelines.sampling.loading import ModelFiles, load_sampler
 from pipelines.training.weights import save_model
 from tests.fixtures.datasets import tiny_tokens
 from tests.fixtures.models import random_prior
-from tests.fixtures.ray_head import descendants, free_ports
+from tests.fixtures.processes import descendants
+from tests.fixtures.ray_head import free_ports
 
 CLIENTS = 32
 BATCHES = (8, 16, 32, 64)

@@ -28,7 +28,7 @@ from pipelines.data.storage import Location, replace_file, sha256_file
 from pipelines.data.tokenizer import CaptionTokenizer, TokenizerConfig, train_tokenizer
 from pipelines.training.weights import load_stage_one
 from tests.fixtures.datasets import CORPUS, filtered_row, tiny_dvae, write_dataset
-from tests.fixtures.ray_head import descendants
+from tests.fixtures.processes import processes_named
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 ROOT = Path(__file__).parents[2]
@@ -293,19 +293,6 @@ def peak_memory_of(role: str) -> list[int]:
             continue
         peaks += [int(line.split()[1]) << 10 for line in status.splitlines() if "VmHWM" in line]
     return peaks
-
-
-def processes_named(words: str) -> list[int]:
-    """Processes that descend from this one and have these words in their title."""
-    found = []
-    for pid in descendants(os.getpid()):
-        try:
-            title = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if words in title:
-            found.append(pid)
-    return found
 
 
 @contextmanager

@@ -4,67 +4,71 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from jobs import check_shards, data_status
 from pipelines.corpus.web import CorpusWeb
+from pipelines.data.stage import Manifest
 from pipelines.data.storage import Location
 from tests.fixtures.datasets import tiny_dvae
 from tests.fixtures.s3_server import S3Server
 
 PICTURES = 24
+DATASETS = ("raw", "filtered", "tokens")
 ROOT = Path(__file__).parents[2]
+# The jobs share a Ray that knows the server from its start: the tests' own does not.
+LINE = """
+import importlib, json, sys
+from jobs import runtime
+with runtime.shared_ray():
+    for verb, *arguments in json.load(sys.stdin):
+        if code := importlib.import_module(f"jobs.{verb}").main(["tiny", *arguments]):
+            sys.exit(code)
+"""
 
-Run = Callable[..., dict[str, Any]]
 
-
-@pytest.fixture
-def run(s3_server: S3Server, private_directory: Path) -> Run:
-    """A job in a process of its own, whose Ray's workers know the server too."""
-
-    def job(verb: str, *arguments: object) -> dict[str, Any]:
-        done = subprocess.run(
-            [sys.executable, "-m", f"jobs.{verb}", "tiny", *map(str, arguments)],
-            cwd=ROOT,
-            env=os.environ | s3_server.environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        summary: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return summary
-
-    return job
+def run(server: S3Server, *jobs: list[str]) -> str:
+    """The jobs one after another, in a process of its own; what they said."""
+    done = subprocess.run(
+        [sys.executable, "-c", LINE],
+        cwd=ROOT,
+        env=os.environ | server.environment,
+        input=json.dumps(jobs),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.mark.slow
 def test_the_datasets_in_s3_are_those_on_disk(
-    run: Run, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    s3_server: S3Server, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dvae = tmp_path / "dvae.safetensors"
+    dvae, tokenizer = tmp_path / "dvae.safetensors", tmp_path / "tokenizer"
     tiny_dvae(dvae, image_size=64, vocab_size=128)
-    store = Location(f"s3://{bucket}/run")
-    digests: dict[str, list[str]] = {}
+    models = ("--dvae", str(dvae), "--tokenizer", str(tokenizer / "tokenizer.json"))
+    local, store = Location(tmp_path / "local"), Location(f"s3://{bucket}/run")
     with CorpusWeb(0, PICTURES) as web:
-        urls = web.url_list(tmp_path / "urls.parquet")
-        for place in (Location(tmp_path / "local"), store):
-            raw, filtered, tokens = place / "raw", place / "filtered", place / "tokens"
-            tokenizer = tmp_path / "tokenizer"
-            made = [
-                run("download_pairs", "--urls", urls, "--output", raw),
-                run("filter_pairs", "--raw", raw, "--output", filtered),
+        urls = str(web.url_list(tmp_path / "urls.parquet"))
+        jobs = []
+        for place in (local, store):
+            raw, filtered, tokens = (str(place / name) for name in DATASETS)
+            jobs += [
+                ["download_pairs", "--urls", urls, "--output", raw],
+                ["filter_pairs", "--raw", raw, "--output", filtered],
+                ["train_tokenizer", "--filtered", filtered, "--output", str(tokenizer)],
+                ["encode_pairs", "--filtered", filtered, "--output", tokens, *models],
             ]
-            run("train_tokenizer", "--filtered", filtered, "--output", tokenizer)
-            models = ("--dvae", dvae, "--tokenizer", tokenizer / "tokenizer.json")
-            made.append(run("encode_pairs", "--filtered", filtered, "--output", tokens, *models))
-            digests[str(place)] = [summary["manifest_digest"] for summary in made]
-    local, remote = digests.values()
-    assert remote == local
-    for name in ("raw", "filtered", "tokens"):
+        run(s3_server, *jobs)
+        digests = {name: Manifest.load(store / name).digest for name in DATASETS}
+        assert digests == {name: Manifest.load(local / name).digest for name in DATASETS}
+        said = run(s3_server, ["download_pairs", "--urls", urls, "--output", str(store / "raw")])
+    assert "nothing to do" in said
+    assert json.loads(said.splitlines()[-1])["manifest_digest"] == digests["raw"]
+    for name in DATASETS:
         assert (store / name / "report.html").exists()
         assert check_shards.main([str(store / name)]) == 0
     capsys.readouterr()
@@ -72,5 +76,3 @@ def test_the_datasets_in_s3_are_those_on_disk(
     status = json.loads(capsys.readouterr().out)
     assert status["sealed"]
     assert sum(shard["rows_out"] for shard in status["shards"]) == PICTURES
-    again = run("download_pairs", "--urls", urls, "--output", store / "raw")
-    assert again["manifest_digest"] == remote[0]

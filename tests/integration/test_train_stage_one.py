@@ -16,6 +16,7 @@ from pipelines.data.stage import Manifest
 from pipelines.data.storage import sha256_file
 from pipelines.training.weights import load_stage_one
 from tests.fixtures.datasets import filtered_pairs
+from tests.fixtures.processes import processes_named
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 STEPS = 4
@@ -88,14 +89,15 @@ def test_pictures_from_actors_and_from_a_thread_train_the_same_model(
     filtered: Manifest, tmp_path: Path
 ) -> None:
     """And so do those of an actor that was killed: Ray starts another, batches have numbers."""
-    line = arguments("dvae", filtered, tmp_path / "killed", "--training.steps=60")
+    longer = ("--training.steps=24", "--cadence.checkpoint-every=24")
+    line = arguments("dvae", filtered, tmp_path / "killed", *longer)
     killed = threading.Event()
     killer = threading.Thread(target=kill_a_reader, args=(tmp_path / "killed", killed))
     killer.start()
     assert train_dvae.main(line) == 0
     killer.join()
     assert killed.is_set()
-    line = arguments("dvae", filtered, tmp_path / "thread", "--training.steps=60")
+    line = arguments("dvae", filtered, tmp_path / "thread", *longer)
     assert train_dvae.main([*line, "--loaders.per-worker=0"]) == 0
     files = [tmp_path / name / "dvae.safetensors" for name in ("killed", "thread")]
     assert sha256_file(files[0]) == sha256_file(files[1])
@@ -104,24 +106,11 @@ def test_pictures_from_actors_and_from_a_thread_train_the_same_model(
 def kill_a_reader(output: Path, killed: threading.Event) -> None:
     """Wait for the first metrics, then kill one of the actors that make batches."""
     for _ in range(600):
-        if (output / "metrics.jsonl").exists() and (pids := readers()):
+        if (output / "metrics.jsonl").exists() and (pids := processes_named("(BatchReader)")):
             os.kill(pids[0], signal.SIGKILL)
             killed.set()
             return
         threading.Event().wait(0.1)  # polling for the first metrics
-
-
-def readers() -> list[int]:
-    found = []
-    for process in Path("/proc").iterdir():
-        if process.name.isdigit():
-            try:
-                title = (process / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if b"BatchReader" in title and title.startswith(b"ray::"):
-                found.append(int(process.name))
-    return sorted(found)
 
 
 def test_a_collapsed_codebook_is_said_loudly(

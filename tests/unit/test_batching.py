@@ -98,22 +98,30 @@ def test_pictures_are_the_samplers(
     assert asked.pictures() == dict(enumerate(wanted.tolist()))
 
 
-@pytest.mark.parametrize("slots", [2, 5, 16])
-def test_a_picture_is_the_same_in_any_batch_whenever_it_joins(
-    packed: PackedPrior, slots: int
-) -> None:
-    texts, chance = prompts(6, TINY), random.Random(slots)
-    orders = [
+def six() -> list[Asked]:
+    texts = prompts(6, TINY)
+    return [
         Asked([*range(10 * n, 10 * n + 1 + n % 3)], texts[n], sampling=KINDS[n % len(KINDS)])
         for n in range(6)
     ]
+
+
+@pytest.fixture(scope="module")
+def six_alone(packed: PackedPrior) -> list[dict[int, list[int]]]:
+    return [alone(packed, asked) for asked in six()]
+
+
+@pytest.mark.parametrize("slots", [2, 5, 16])
+def test_a_picture_is_the_same_in_any_batch_whenever_it_joins(
+    packed: PackedPrior, six_alone: list[dict[int, list[int]]], slots: int
+) -> None:
+    orders, chance = six(), random.Random(slots)
     batch, waiting = Batch(packed, slots), [*orders]
     while waiting or not batch.idle:
         if waiting and chance.random() < 0.2:
             batch.add(waiting.pop().order)
         batch.step()
-    for asked in orders:
-        assert asked.pictures() == alone(packed, asked)
+    assert [asked.pictures() for asked in orders] == six_alone
 
 
 # Sums over 2,048 numbers, which oneDNN cuts into parts where there is one row.

@@ -91,13 +91,18 @@ def test_partial_pictures_come_before_the_whole_ones_of_the_first_n(pieces: Piec
     assert isinstance(items[-1], list)
 
 
+@pytest.fixture(scope="module")
+def pool(pieces: PieceSampler) -> list[RankedPicture]:
+    found: list[RankedPicture] = run(all_of(source_of(pieces.draw), asked(n=21)))[0]
+    return found
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_pool_is_ranked_the_same_over_any_number_of_samplers(
-    pieces: PieceSampler, count: int
+    pieces: PieceSampler, pool: list[RankedPicture], count: int
 ) -> None:
     (ranked,) = run(all_of(source_of(pieces.draw, count), asked(n=4, rerank_pool=21)))
-    one: list[RankedPicture] = run(all_of(source_of(pieces.draw), asked(n=21)))[0]
-    best = sorted(one, key=lambda each: -each.sample.pixels.mean())[:4]
+    best = sorted(pool, key=lambda each: -each.sample.pixels.mean())[:4]
     assert [each.sample.seed for each in ranked] == [each.sample.seed for each in best]
     scores = [each.score for each in ranked]
     assert scores == sorted(scores, reverse=True)

@@ -3,7 +3,6 @@
 import socket
 import ssl
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -255,7 +254,7 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path) -> Non
     context.load_cert_chain(certificate, key)
     with EvilServer() as server:
         server.socket = context.wrap_socket(server.socket, server_side=True)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        server.start()
         url = server.url("/good").replace("http://", "https://")
         assert fetch(url).reason == "tls_failed"
         server.shutdown()

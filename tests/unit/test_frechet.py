@@ -114,10 +114,12 @@ def test_the_networks_distance_grows_with_the_damage(tmp_path: Path) -> None:
     assert true.min() >= 0  # means of a clipped activation, ReLU6
     assert true.max() <= 6
     distances = []
+    some = slice(None, None, 10)  # of the features: the eigenvalues of all take seconds
     for factor in (1, 4, 8):
         small = F.avg_pool2d(pixels.float(), factor)
         damaged = F.interpolate(small, scale_factor=factor).round().to(torch.uint8)
-        distances.append(frechet_distance(fitted(true), fitted(network(damaged))))
+        features = network(damaged)
+        distances.append(frechet_distance(fitted(true[:, some]), fitted(features[:, some])))
     assert distances[0] == pytest.approx(0, abs=1e-3)
     assert distances == sorted(distances)
 

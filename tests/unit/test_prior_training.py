@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from models.averaging import AveragingConfig
@@ -19,6 +18,7 @@ from pipelines.training.parallelize import resblock_gradients
 from pipelines.training.prior_loop import Cadence, train_prior
 from pipelines.training.prior_trainer import PriorTrainer, PriorTraining
 from pipelines.training.token_loader import TokenBatch
+from tests.fixtures.ranks import run_ranks
 
 MODEL = PriorConfig(
     n_layers=2,
@@ -244,7 +244,7 @@ def _train_on_a_rank(rank: int, world_size: int, path: Path, kills: dict[str, in
 def test_two_sharded_ranks_train_like_one_and_resume_in_the_same_bits(tmp_path: Path) -> None:
     one = run(tmp_path / "one")
     kills = {"two": None, "killed": 5, "killed+": None}
-    mp.spawn(_train_on_a_rank, args=(2, tmp_path, kills), nprocs=2)
+    run_ranks(_train_on_a_rank, (2, tmp_path, kills), 2)
     whole = torch.load(tmp_path / "two.pt", weights_only=True)
     assert same(whole, torch.load(tmp_path / "killed+.pt", weights_only=True))
     assert json.loads((tmp_path / "killed+.json").read_text())[0][0][0] == 4
@@ -256,7 +256,7 @@ def test_two_sharded_ranks_train_like_one_and_resume_in_the_same_bits(tmp_path: 
 
 
 def test_a_training_on_two_ranks_goes_on_with_one(tmp_path: Path) -> None:
-    mp.spawn(_train_on_a_rank, args=(2, tmp_path, {"two": 5}), nprocs=2)
+    run_ranks(_train_on_a_rank, (2, tmp_path, {"two": 5}), 2)
     told = run(tmp_path / "two")
     assert told["resumed"][0][0] == 4
     one = run(tmp_path / "one")

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,6 +18,7 @@ from pipelines.training.gradient_norms import parameter_blocks, squared_norms
 from pipelines.training.optimizer import PriorOptimizerConfig
 from pipelines.training.parallelize import local, resblock_gradients
 from pipelines.training.prior_trainer import PriorTrainer, PriorTraining
+from tests.fixtures.ranks import run_ranks
 from tests.unit.test_prior_training import MODEL, STEPS, Batches, Killed, run, same, training
 
 CPU = torch.device("cpu")
@@ -171,7 +171,7 @@ def _one_shard_overflows(rank: int, path: Path) -> None:
 
 
 def test_an_overflow_in_one_rank_s_shard_skips_the_update_of_all(tmp_path: Path) -> None:
-    mp.spawn(_one_shard_overflows, args=(tmp_path,), nprocs=2)
+    run_ranks(_one_shard_overflows, (tmp_path,), 2)
     one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     single = PriorTrainer(MODEL, HALF, CPU).update(Batches().batch(0))
     assert one["norm"] == pytest.approx(single["grad_norm"], rel=1e-3)

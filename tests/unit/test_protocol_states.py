@@ -368,7 +368,10 @@ def finds(machine: type[Protocol]) -> None:
         run_state_machine_as_test(machine, settings=FINDING)
 
 
-@pytest.mark.parametrize("wrong", [CommitsFirst, SealsEarly, LoserDeletesTheWinner])
+@pytest.mark.parametrize(
+    "wrong",
+    [CommitsFirst, SealsEarly, pytest.param(LoserDeletesTheWinner, marks=pytest.mark.chaos)],
+)
 def test_the_machine_finds_a_wrong_writer(wrong: type[DatasetWriter]) -> None:
     finds(type("Wrong", (Protocol,), {"writer_class": wrong}))
 
@@ -383,6 +386,7 @@ def test_the_machine_finds_a_wrong_create_once(
     finds(type("Wrong", (Protocol,), {}))
 
 
+@pytest.mark.chaos
 def test_the_machine_finds_a_wrong_collector(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(garbage, "collect", collects_what_has_no_record)
     finds(type("Wrong", (Protocol,), {}))

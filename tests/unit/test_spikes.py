@@ -155,11 +155,15 @@ def test_a_training_goes_back_and_leaves_the_batches_around_a_spike_out(tmp_path
     assert max(loss for step, loss in last.items() if step > 30) < last[1]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(tmp_path_factory.mktemp("whole"), training())
+
+
 @pytest.mark.parametrize("kill_at_log", [31, 36])
 def test_killed_before_and_after_it_went_back_it_ends_in_the_same_bits(
-    tmp_path: Path, kill_at_log: int
+    whole: dict[str, Any], tmp_path: Path, kill_at_log: int
 ) -> None:
-    whole = run(tmp_path / "whole", training())
     with pytest.raises(Killed):
         run(tmp_path / "killed", training(), kill_at_log)
     resumed = run(tmp_path / "killed", training())
