@@ -2,7 +2,8 @@
 
 Real processes of one thread each, which read real shards: two of them should do twice the work.
 Two trainings that know nothing of each other say what the machine has for a second process. The
-workers share the weights out, as the quickstart's do, or are replicas. Wall time; all ways in turn.
+workers share the weights out, as the quickstart's do, or are replicas; they send each other as much
+for 64 pictures as for 16. Wall time; all ways in turn.
 """
 
 import multiprocessing
@@ -25,9 +26,33 @@ from pipelines.training.token_loader import TokenLoader
 from tests.benchmarks.measure import Effort, Row, significant, versions
 from tests.fixtures.datasets import TinyTokens, tiny_tokens
 
-WARM_UP, MEASURED = 5, 20
-SAMPLES = 16  # a worker's, of an update: half of the quickstart's batch of two workers
-GROUP_SIZES = {"two-workers": 2, "two-workers-replicas": 1}
+WARM_UP = 4
+MEASURED_SAMPLES = 320  # of a worker
+
+
+class Way(NamedTuple):
+    """How a training goes."""
+
+    samples: int
+    """A worker's, of an update."""
+    workers: int = 1
+    group_size: int = 1
+    """Workers that share the weights out."""
+    copies: int = 1
+    """Such trainings at a time."""
+
+    @property
+    def measured(self) -> int:
+        """Updates."""
+        return MEASURED_SAMPLES // self.samples
+
+
+WAYS = {
+    # Half of the quickstart's batch of two workers.
+    "two-workers": Way(16, workers=2, group_size=2),
+    "two-workers-replicas": Way(16, workers=2),
+    "two-workers-64": Way(64, workers=2, group_size=2),
+}
 
 
 class Rates(NamedTuple):
@@ -41,56 +66,53 @@ class Rates(NamedTuple):
 
 def rows(effort: Effort) -> list[Row]:
     """The quickstart's prior."""
-    found: dict[str, list[Rates]] = {name: [] for name in (*GROUP_SIZES, "alone", "strangers")}
+    others = {Way(samples, copies=copies) for samples in (16, 64) for copies in (1, 2)}
+    found: dict[Way, list[Rates]] = {way: [] for way in (*WAYS.values(), *sorted(others))}
     with TemporaryDirectory() as folder:
         tiny = tiny_tokens(Path(folder) / "data", rows=128)
         for repeat in range(effort.repeats):
-            path = Path(folder) / str(repeat)
-            for name, group_size in GROUP_SIZES.items():
-                found[name].append(_measure(tiny, path / name, 2, group_size))
-            found["alone"].append(_measure(tiny, path / "alone", 1))
-            found["strangers"].append(_measure(tiny, path / "strangers", 1, copies=2))
-    return [_row(name, found) for name in GROUP_SIZES]
+            for number, (way, rates) in enumerate(found.items()):
+                rates.append(_measure(tiny, Path(folder) / f"{repeat}-{number}", way))
+    return [_row(name, way, found) for name, way in WAYS.items()]
 
 
-def _row(name: str, found: dict[str, list[Rates]]) -> Row:
-    ratios = _ratios(found, name)
-    waits = [statistics.median(rates.data_wait for rates in found[way]) for way in (name, "alone")]
+def _row(name: str, way: Way, found: dict[Way, list[Rates]]) -> Row:
+    ours, alone, strangers = (
+        found[which] for which in (way, Way(way.samples), Way(way.samples, copies=2))
+    )
+    ratios = _ratios(ours, alone)
+    waits = [statistics.median(rates.data_wait for rates in which) for which in (ours, alone)]
     return Row(
         row=name,
         peer="one worker, the same batch a worker",
         precision="fp32",
-        ours=significant(statistics.median(rates.tokens for rates in found[name])),
-        theirs=significant(statistics.median(rates.tokens for rates in found["alone"])),
+        ours=significant(statistics.median(rates.tokens for rates in ours)),
+        theirs=significant(statistics.median(rates.tokens for rates in alone)),
         unit="tokens/s",
         ratio_median=significant(statistics.median(ratios)),
         ratio_min=significant(min(ratios)),
         ratio_max=significant(max(ratios)),
         versions=versions(("torch",)),
-        note=f"{SAMPLES} pictures a worker, gloo, {len(os.sched_getaffinity(0))} processors; two "
-        "trainings that know nothing of each other reach "
-        f"{statistics.median(_ratios(found, 'strangers')):.2f} times one; "
+        note=f"{way.samples} pictures a worker, gloo, {len(os.sched_getaffinity(0))} processors; "
+        "two trainings that know nothing of each other reach "
+        f"{statistics.median(_ratios(strangers, alone)):.2f} times one; "
         f"waiting for input: {waits[0]:.2%} of the time with two, {waits[1]:.2%} with one",
     )
 
 
-def _ratios(found: dict[str, list[Rates]], way: str) -> list[float]:
-    pairs = zip(found[way], found["alone"], strict=True)
-    return [ours.tokens / alone.tokens for ours, alone in pairs]
+def _ratios(ours: list[Rates], theirs: list[Rates]) -> list[float]:
+    return [own.tokens / other.tokens for own, other in zip(ours, theirs, strict=True)]
 
 
-def _measure(
-    tiny: TinyTokens, path: Path, world_size: int, group_size: int = 1, copies: int = 1
-) -> Rates:
-    """Of all workers of as many trainings at a time."""
+def _measure(tiny: TinyTokens, path: Path, way: Way) -> Rates:
     context = multiprocessing.get_context("spawn")
     processes, receivers = [], []
-    for copy in range(copies):
+    for copy in range(way.copies):
         (path / str(copy)).mkdir(parents=True)
         receiver, sender = context.Pipe(duplex=False)
         receivers.append(receiver)
-        for rank in range(world_size):
-            arguments = (rank, world_size, group_size, path / str(copy), tiny, sender)
+        for rank in range(way.workers):
+            arguments = (rank, way, path / str(copy), tiny, sender)
             processes.append(context.Process(target=_work, args=arguments))
     for process in processes:
         process.start()
@@ -101,20 +123,18 @@ def _measure(
     return Rates(sum(r.tokens for r in rates), statistics.mean(r.data_wait for r in rates))
 
 
-def _work(
-    rank: int, world_size: int, group_size: int, path: Path, tiny: TinyTokens, result: Any
-) -> None:
+def _work(rank: int, way: Way, path: Path, tiny: TinyTokens, result: Any) -> None:
     torch.set_num_threads(1)
-    if world_size > 1:
+    if way.workers > 1:
         dist.init_process_group(
-            "gloo", init_method=f"file://{path / 'meeting'}", rank=rank, world_size=world_size
+            "gloo", init_method=f"file://{path / 'meeting'}", rank=rank, world_size=way.workers
         )
     training = replace(
         TINY.training,
-        steps=WARM_UP + MEASURED,
-        batch_samples=SAMPLES * world_size,
+        steps=WARM_UP + way.measured,
+        batch_samples=way.samples * way.workers,
         bpe_dropout=0.1,
-        sharding=replace(TINY.training.sharding, group_size=group_size),
+        sharding=replace(TINY.training.sharding, group_size=way.group_size),
     )
     loader = TokenLoader(
         Manifest.load(tiny.tokens, stage="encode_pairs"),
@@ -124,7 +144,7 @@ def _work(
         bpe_dropout=training.bpe_dropout,
         seed=0,
         rank=rank,
-        world_size=world_size,
+        world_size=way.workers,
     )
     logged: list[tuple[float, dict[str, float]]] = []
     train_prior(
@@ -140,6 +160,6 @@ def _work(
     )
     if rank == 0:
         seconds = logged[-1][0] - logged[WARM_UP - 1][0]
-        tokens = MEASURED * training.batch_samples * TINY.prior.stream_len
+        tokens = way.measured * training.batch_samples * TINY.prior.stream_len
         waits = [metrics["data_wait"] for _, metrics in logged[WARM_UP:]]
         result.send(Rates(tokens / seconds, statistics.mean(waits)))
