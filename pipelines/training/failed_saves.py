@@ -20,7 +20,10 @@ class WholeWriter(dcp.FileSystemWriter):
     """
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        future = super().write_data(plan, planner)
+        try:
+            future = super().write_data(plan, planner)
+        except RuntimeError as error:
+            raise _first(error) from None
         missing = len(plan.items) - len(future.value())
         if missing:
             raise OSError(
@@ -61,8 +64,7 @@ class FailedSaves:
 def reason_of(error: BaseException) -> str:
     """In a line: DCP's own words are its ranks' stacks."""
     if isinstance(error, CheckpointException):
-        failures = error.failures.items()
-        return "; ".join(f"rank {rank}: {_first(why)}" for rank, (why, _) in failures)
+        return "; ".join(f"rank {rank}: {why}" for rank, (why, _) in error.failures.items())
     return str(error)
 
 
