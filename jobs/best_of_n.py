@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from jobs import runtime
+from jobs.claimed_output import make_once
 from jobs.configs.best_of_n import PRESETS, BestOfNJob
 from jobs.progress import Progress
-from pipelines.data import plan
 from pipelines.data.storage import Location, canonical_json, replace_file, sha256_file
 from pipelines.evaluation.best_of_n import Curve, best_of_n
 from pipelines.evaluation.best_of_n_chart import best_of_n_chart
@@ -52,12 +52,13 @@ def measure(job: BestOfNJob) -> dict[str, Any]:
             raise ValueError(
                 f"judge must be another model than the reranker, got {job.judge} twice"
             )
-    with plan.lease(job.output):
-        plan.claim(job.output, stage=STAGE, config=asdict(job.best_of_n), inputs=digests)
-        if (job.output / FIGURES).exists():
-            runtime.nothing_to_do(job.output / FIGURES)
-        else:
-            _measure(job, inputs, digests)
+    make_once(
+        job.output / FIGURES,
+        stage=STAGE,
+        settings=asdict(job.best_of_n),
+        inputs=digests,
+        make=lambda: _measure(job, inputs, digests),
+    )
     curve: dict[str, Any] = json.loads((job.output / FIGURES).read_bytes())
     return curve | {"chart": job.output / CHART}
 

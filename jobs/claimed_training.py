@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs import runtime
+from jobs.claimed_output import make_once
 from jobs.progress import FollowMetrics
-from pipelines.data import plan
 from pipelines.data.storage import sha256_file
 from pipelines.training import tracking
 from pipelines.training.run_directory import read_result
@@ -25,20 +25,14 @@ def train_once(
 ) -> dict[str, Any]:
     """Make `model_file` by `train`, unless it is there already; its digest and last figures.
 
-    Its directory belongs to these settings and inputs, and to one driver at a time. Raises Stopped
-    if the training has ended without a model.
+    Raises Stopped if the training has ended without a model.
     """
-    output = model_file.parent
-    with plan.lease(output):
-        plan.claim(output, stage=stage, config=settings, inputs=inputs)
-        if model_file.exists():
-            runtime.nothing_to_do(model_file)
-            tracking.catch_up(output, runtime.tracking_uri())
-        else:
-            train()
+    make_once(model_file, stage=stage, settings=settings, inputs=inputs, make=train)
     if not model_file.exists():
         raise Stopped
-    return {"model": str(model_file), "sha256": sha256_file(model_file)} | read_result(output)
+    return {"model": str(model_file), "sha256": sha256_file(model_file)} | read_result(
+        model_file.parent
+    )
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from jobs import runtime
+from jobs.claimed_output import make_once
 from jobs.configs.evaluate import PRESETS, EvaluateJob
 from jobs.progress import Progress
-from pipelines.data import plan
 from pipelines.data.storage import Location, canonical_json, replace_file
 from pipelines.evaluation import protocol
 from pipelines.evaluation.corpus import read_corpus
@@ -43,12 +43,13 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
     """Check that all inputs belong together, judge, write the figures last."""
     inputs = _check(job)
     job.evaluation.sampling.check(inputs.models.prior.image_vocab_size)
-    with plan.lease(job.output):
-        plan.claim(job.output, stage=STAGE, config=asdict(job.evaluation), inputs=inputs.digests)
-        if (job.output / FIGURES).exists():
-            runtime.nothing_to_do(job.output / FIGURES)
-        else:
-            _evaluate(job, inputs)
+    make_once(
+        job.output / FIGURES,
+        stage=STAGE,
+        settings=asdict(job.evaluation),
+        inputs=inputs.digests,
+        make=lambda: _evaluate(job, inputs),
+    )
     figures: dict[str, Any] = json.loads((job.output / FIGURES).read_bytes())
     return figures | {"grid": job.output / GRID}
 

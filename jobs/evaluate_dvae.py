@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from jobs import runtime
+from jobs.claimed_output import make_once
 from jobs.configs.evaluate_dvae import PRESETS, EvaluateDVAEJob
 from jobs.progress import Progress
-from pipelines.data import plan
 from pipelines.data.stage import Manifest
 from pipelines.data.storage import Location, canonical_json, replace_file, sha256_file
 from pipelines.evaluation import frechet, reconstruction, reconstruction_report
@@ -51,12 +51,13 @@ def evaluate_dvae(job: EvaluateDVAEJob) -> dict[str, Any]:
     inputs = {"filtered": manifest.digest, "dvae": sha256_file(job.dvae)}
     if job.reconstruction.frechet:
         inputs["feature_network"] = frechet.WEIGHTS_SHA256
-    with plan.lease(job.output):
-        plan.claim(job.output, stage=STAGE, config=asdict(job.reconstruction), inputs=inputs)
-        if (job.output / FIGURES).exists():
-            runtime.nothing_to_do(job.output / FIGURES)
-        else:
-            _evaluate(job, manifest, kind, count, inputs)
+    make_once(
+        job.output / FIGURES,
+        stage=STAGE,
+        settings=asdict(job.reconstruction),
+        inputs=inputs,
+        make=lambda: _evaluate(job, manifest, kind, count, inputs),
+    )
     content = json.loads((job.output / FIGURES).read_bytes())
     figures: dict[str, Any] = content["figures"]
     return figures | {"pictures": content["pictures"], "report": job.output / REPORT}

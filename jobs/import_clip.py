@@ -6,8 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from jobs import runtime
+from jobs.claimed_output import make_once
 from jobs.configs.import_clip import PRESETS, ImportClipJob
-from pipelines.data import plan
 from pipelines.data.open_clip_slots import OpenClipSlots
 from pipelines.data.storage import replace_file, sha256_file
 from pipelines.training import tracking
@@ -40,12 +40,13 @@ def import_clip(job: ImportClipJob) -> dict[str, Any]:
     model_file = job.output / CLIP_FILE
     settings = {"activation": job.activation, "image_heads": job.image_heads}
     inputs = {"checkpoint": sha256_file(job.checkpoint), "merges": sha256_file(job.merges)}
-    with plan.lease(job.output):
-        plan.claim(job.output, stage=STAGE, config=settings, inputs=inputs)
-        if model_file.exists():
-            runtime.nothing_to_do(model_file)
-        else:
-            _save(job, released, inputs)
+    make_once(
+        model_file,
+        stage=STAGE,
+        settings=settings,
+        inputs=inputs,
+        make=lambda: _save(job, released, inputs),
+    )
     return {"model": model_file, "sha256": sha256_file(model_file)} | read_result(job.output)
 
 

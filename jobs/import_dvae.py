@@ -6,9 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 from jobs import runtime
+from jobs.claimed_output import make_once
 from jobs.configs.import_dvae import PRESETS, ImportDVAEJob
 from models.dvae import DVAE
-from pipelines.data import plan
 from pipelines.data.storage import sha256_file
 from pipelines.training import tracking
 from pipelines.training.released_dvae import ReleasedDVAE, read_released, save_released
@@ -42,12 +42,13 @@ def import_dvae(job: ImportDVAEJob) -> dict[str, Any]:
     inputs = {"encoder": sha256_file(job.encoder), "decoder": sha256_file(job.decoder)}
     # A file with a weight that is not finite is refused before the output is touched.
     model = None if model_file.exists() else released.load()
-    with plan.lease(job.output):
-        plan.claim(job.output, stage=STAGE, config=settings, inputs=inputs)
-        if model_file.exists():
-            runtime.nothing_to_do(model_file)
-        else:
-            _save(job, released, model or released.load(), inputs)
+    make_once(
+        model_file,
+        stage=STAGE,
+        settings=settings,
+        inputs=inputs,
+        make=lambda: _save(job, released, model or released.load(), inputs),
+    )
     return {"model": model_file, "sha256": sha256_file(model_file)} | read_result(job.output)
 
 

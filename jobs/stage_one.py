@@ -1,13 +1,11 @@
 """The part that `train_dvae` and `train_vqvae` share: check, claim, train on the workers."""
 
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
-from jobs import workers
 from jobs.claimed_training import train_once, training_run
 from jobs.configs.stage_one import TrainStageOneJob
-from jobs.picture_stream import batches_of
+from jobs.picture_training import train_on_pictures
 from pipelines.data.stage import Manifest
 from pipelines.training.picture_loader import PictureBatch
 from pipelines.training.run_directory import run_tags
@@ -66,30 +64,6 @@ def _train(job: TrainStageOneJob, settings: dict[str, Any], inputs: dict[str, st
             training=job.training,
             cadence=job.cadence,
             tracking_uri=uri,
+            watchdog=job.watchdog,
         )
-        workers.train_on_workers(
-            work,
-            {"stage": stage, "loaders": job.loaders},
-            job.workers,
-            job.output,
-            loaders_per_worker=job.loaders.per_worker,
-        )
-
-
-def work(argument: dict[str, Any]) -> None:
-    """One worker's part."""
-    worker = workers.this_worker()
-    stage: StageOneStage = argument["stage"]
-    batches = batches_of(
-        partial(stage.loader, worker.rank, worker.world_size),
-        PictureBatch.unpack,
-        argument["loaders"],
-        batch_bytes=stage.batch_bytes // worker.world_size,
-    )
-    run_stage_one(
-        stage,
-        batches=batches,
-        device=worker.device,
-        rank=worker.rank,
-        world_size=worker.world_size,
-    )
+        train_on_pictures(run_stage_one, stage, PictureBatch.unpack, job.workers, job.loaders)

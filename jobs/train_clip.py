@@ -3,14 +3,13 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jobs import runtime, workers
+from jobs import runtime
 from jobs.claimed_training import train_once, training_run
 from jobs.configs.train_clip import PRESETS, TrainClipJob
-from jobs.picture_stream import batches_of
+from jobs.picture_training import train_on_pictures
 from models.clip import count_parameters
 from pipelines.data.stage import Manifest
 from pipelines.data.storage import Location, sha256_file
@@ -102,32 +101,9 @@ def _train(job: TrainClipJob, settings: dict[str, Any], inputs: dict[str, str]) 
             training=job.training,
             cadence=job.cadence,
             tracking_uri=uri,
+            watchdog=job.watchdog,
         )
-        workers.train_on_workers(
-            _work,
-            {"stage": stage, "loaders": job.loaders},
-            job.workers,
-            job.output,
-            loaders_per_worker=job.loaders.per_worker,
-        )
-
-
-def _work(argument: dict[str, Any]) -> None:
-    worker = workers.this_worker()
-    stage: ClipStage = argument["stage"]
-    batches = batches_of(
-        partial(stage.loader, worker.rank, worker.world_size),
-        PairBatch.unpack,
-        argument["loaders"],
-        batch_bytes=stage.batch_bytes // worker.world_size,
-    )
-    run_clip(
-        stage,
-        batches=batches,
-        device=worker.device,
-        rank=worker.rank,
-        world_size=worker.world_size,
-    )
+        train_on_pictures(run_clip, stage, PairBatch.unpack, job.workers, job.loaders)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from pipelines.data.storage import Location, sha256_file
 from pipelines.data.tokenizer import CaptionTokenizer
 from pipelines.training.prior_stage import PRIOR_FILE, PriorStage, run_prior_stage
 from pipelines.training.run_directory import run_tags
-from pipelines.training.stopping import StopRequest
 from pipelines.training.token_loader import check_inputs
 from pipelines.training.training_plan import plan_training
 from pipelines.training.weights import STAGE_ONE, read_header
@@ -89,11 +88,7 @@ def _train(job: TrainPriorJob, settings: dict[str, Any], inputs: dict[str, str])
             tracking_uri=uri,
             watchdog=job.watchdog,
         )
-        request = StopRequest(stage.output)
-        request.forget()
-        workers.train_on_workers(
-            _work, {"stage": stage}, job.workers, job.output, stop_request=request
-        )
+        workers.train_on_workers(_work, {"stage": stage}, job.workers, job.output)
 
 
 def _work(argument: dict[str, Any]) -> None:

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from jobs import runtime
+from jobs.claimed_output import make_once
 from jobs.configs.train_tokenizer import PRESETS, TrainTokenizerJob
-from pipelines.data import plan
 from pipelines.data.split import TRAIN, read_split
 from pipelines.data.stage import Manifest
 from pipelines.data.storage import replace_file
@@ -39,13 +39,14 @@ def train(job: TrainTokenizerJob) -> dict[str, Any]:
     manifest = Manifest.load(job.filtered, stage="filter_pairs")
     settings = {"tokenizer": asdict(job.tokenizer), "text_len": job.text_len}
     inputs = {"filtered": manifest.digest}
-    with plan.lease(job.output):
-        plan.claim(job.output, stage=STAGE, config=settings, inputs=inputs)
-        path = job.output / TOKENIZER
-        if path.exists():
-            runtime.nothing_to_do(path)
-        else:
-            _train(job, manifest, settings)
+    path = job.output / TOKENIZER
+    make_once(
+        path,
+        stage=STAGE,
+        settings=settings,
+        inputs=inputs,
+        make=lambda: _train(job, manifest, settings),
+    )
     digest = CaptionTokenizer.from_file(path).digest
     return {"tokenizer": path, "sha256": digest} | read_result(job.output)
 

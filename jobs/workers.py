@@ -40,12 +40,11 @@ def train_on_workers(
     output: Path,
     *,
     loaders_per_worker: int = 0,
-    stop_request: StopRequest | None = None,
 ) -> None:
     """Run `loop(argument)` on every worker, in one process group; raises what a worker raised.
 
     `loaders_per_worker` processes of one CPU each will be started by the loop beside each worker.
-    SIGTERM becomes a `stop_request`, if the loop heeds one; it then ends as if it were done.
+    SIGTERM becomes a `StopRequest(output)`, which the loop heeds; it then ends as if it were done.
 
     Checkpoints are the loop's own affair (pipelines.training.checkpoint): Ray Train 2.60 refuses to
     go on from a run whose snapshot file was cut off, so every attempt is a new Ray Train run to it.
@@ -66,10 +65,12 @@ def train_on_workers(
             worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": "passive"}},
         ),
     )
+    request = StopRequest(output)
+    request.forget()
     handler = signal.getsignal(signal.SIGINT)
     in_main_thread = threading.current_thread() is threading.main_thread()
     try:
-        with stop_request.on_sigterm() if stop_request and in_main_thread else nullcontext():
+        with request.on_sigterm() if in_main_thread else nullcontext():
             trainer.fit()
     except SystemExit as end:
         # Ray Train 2.60 answers Ctrl-C with an abort and sys.exit(0), as if all were done.

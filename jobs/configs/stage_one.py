@@ -11,6 +11,7 @@ from models.stage_one import StageOneConfig
 from pipelines.data.crops import CropConfig
 from pipelines.data.storage import Location
 from pipelines.training.stage_one_training import StageOneCadence, StageOneTraining
+from pipelines.training.watchdog import WatchdogConfig
 
 # Whole pictures, as jobs.encode_pairs tiny has them.
 WHOLE_PICTURES = CropConfig(scale_low=1.0, scale_high=1.0, flip=False)
@@ -27,6 +28,7 @@ class TrainStageOneJob(Job, ABC):
     """Filtered pairs, made by filter_pairs."""
     training: StageOneTraining
     cadence: StageOneCadence = field(default_factory=StageOneCadence)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     workers: WorkersConfig = field(default_factory=lambda: WorkersConfig(num_workers=64))
     loaders: LoadersConfig = field(default_factory=LoadersConfig)
 

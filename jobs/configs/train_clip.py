@@ -11,6 +11,7 @@ from models.averaging import AveragingConfig
 from models.clip import ClipConfig
 from pipelines.data.storage import Location
 from pipelines.training.clip_training import ClipCadence, ClipOptimizer, ClipTraining
+from pipelines.training.watchdog import WatchdogConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class TrainClipJob(Job):
     clip: ClipConfig = field(default_factory=ClipConfig)
     training: ClipTraining = field(default_factory=ClipTraining)
     cadence: ClipCadence = field(default_factory=ClipCadence)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     workers: WorkersConfig = field(default_factory=lambda: WorkersConfig(num_workers=64))
     loaders: LoadersConfig = field(default_factory=LoadersConfig)
 

@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -18,12 +18,14 @@ from typing import Any, NamedTuple, Self
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.utils._pytree import tree_leaves
 
 from pipelines.data.plan import OutputConflict, difference
 from pipelines.data.storage import NoSpace, create_once
 from pipelines.training import checkpoint_files
+from pipelines.training.failed_saves import FailedSaves, WholeWriter, reason_of
 
 WRITERS = 2  # files of a rank, and threads that write and hash them
 SPARE_BYTES = 16 << 20  # for what is small: progress, names, metadata
@@ -47,8 +49,18 @@ class Checkpoints:
     ranks in a group of its own: a collective of the training's group must not meet one of its.
     """
 
-    def __init__(self, root: Path, *, keep: int, settings: Mapping[str, Any]) -> None:
-        """`keep` at least two; `settings` are JSON: a checkpoint of others is refused."""
+    def __init__(
+        self,
+        root: Path,
+        *,
+        keep: int,
+        settings: Mapping[str, Any],
+        on_failure: Callable[[int, str], None] = lambda step, text: None,
+    ) -> None:
+        """`keep` at least two; `settings` are JSON: a checkpoint of others is refused.
+
+        `on_failure` is told of a save that has failed, and the training goes on without.
+        """
         if keep < 2:
             raise ValueError(
                 f"keep_checkpoints must be at least 2, got {keep}: if the newest turns out to be "
@@ -63,6 +75,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._refused: set[str] = set()
+        self._failures = FailedSaves(on_failure)
 
     def __enter__(self) -> Self:
         return self
@@ -81,15 +94,16 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any], progress: Mapping[str, Any]) -> None:
         """Begin to save `state` (tensors) and `progress` (JSON) after update `step`.
 
-        Raises what went wrong with the checkpoint before, and NoSpace if the disk is too full; the
-        older checkpoints then are as they were.
+        What went wrong with the checkpoint before, or a disk that is too full now, is told to
+        `on_failure`, and raised if there is no older one to go back to or too many have failed.
         """
         started = time.monotonic()
-        self.wait()
+        self._failures.bear(step, self._joined())
         staged = self._staged(state)
-        path, problem = self._agree(self._begin, step, staged)
+        path, problem = self._agree(_attempt, self._begin, step, staged)
         if problem:
-            raise NoSpace(problem)
+            self._failures.bear(step, problem)
+            return
         about = {
             "step": step,
             "settings": self.settings,
@@ -109,28 +123,26 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until the last checkpoint is whole; raises what went wrong with it."""
-        if self._thread is None:
-            return
-        self._thread.join()
-        self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
+        if (error := self._joined()) is not None:
             raise error
 
     def resume(self, state: dict[str, Any]) -> Resumed:
         """Fill `state` in place from the newest valid checkpoint, if there is one.
 
         Raises OutputConflict for a checkpoint of other settings, NoSpace if the disk cannot take
-        those to come.
+        those to come. A save under way is waited for; that it failed is said.
         """
+        failed = self._joined()
         path, said = self.newest_valid()
         said = [f"checkpoint refused: {reason}" for reason in said]
+        said += [str(failed)] if failed else []
         if problem := self._agree(self._missing_space_for_all, state):
             raise NoSpace(problem)
         if path is None:
             return Resumed(0, {}, state, said)
         about = checkpoint_files.read_progress(path)
         self._check_settings(path, about)
+        self._failures.forget(path.name)
         dcp.load(state, checkpoint_id=path, process_group=self._group, no_dist=not self._group)
         if about["versions"] != _versions():
             said.append(
@@ -150,6 +162,13 @@ class Checkpoints:
             rejected.append(f"{path.name}: {problem}")
             self._refused.add(path.name)
         return None, rejected
+
+    def _joined(self) -> Exception | None:
+        """What went wrong with the last save, once it is over; None if nothing did."""
+        if self._thread is not None:
+            self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        return error
 
     def _problem(self, path: Path) -> str | None:
         """What is wrong with a checkpoint; every rank reads its share of the files."""
@@ -177,13 +196,13 @@ class Checkpoints:
                 self._buffers.state_dict_cache = BlockingAsyncStager().stage(state)
             return self._buffers.stage(state)
 
-    def _begin(self, step: int, staged: dict[str, Any]) -> tuple[Path, str | None]:
-        """A new directory, or why there is none."""
-        name = checkpoint_files.directory_name(step, uuid.uuid4().hex[:8])
-        problem = self._missing_space(_bytes(staged))
-        if problem is None:
-            (self.root / name).mkdir(parents=True)
-        return self.root / name, problem
+    def _begin(self, step: int, staged: dict[str, Any]) -> Path:
+        """A new directory, if there is room for what it will hold."""
+        if missing := self._missing_space(_bytes(staged)):
+            raise NoSpace(missing)
+        path = self.root / checkpoint_files.directory_name(step, uuid.uuid4().hex[:8])
+        path.mkdir(parents=True)
+        return path
 
     def _missing_space_for_all(self, state: dict[str, Any]) -> str | None:
         """For the checkpoints that are still to come, beside those that are there."""
@@ -205,22 +224,29 @@ class Checkpoints:
         try:
             dcp.save(
                 staged,
-                storage_writer=dcp.FileSystemWriter(path, sync_files=False, thread_count=WRITERS),
+                storage_writer=WholeWriter(path, sync_files=False, thread_count=WRITERS),
                 process_group=self._group,
                 no_dist=not self._group,
             )
+            self._complete(path, about, step)
+            self._failures.forget(path.name)
+        except (Exception, CheckpointException) as error:  # DCP's is no Exception
+            self._error = OSError(f"{path}: {reason_of(error)}")
+            if self._rank == 0 and not checkpoint_files.is_complete(path):
+                shutil.rmtree(path, ignore_errors=True)  # it may be what fills the disk
+
+    def _complete(self, path: Path, about: bytes, step: int) -> None:
+        """When every rank's files are on the disk; an error of any rank is raised on all."""
+
+        def settle() -> dict[str, checkpoint_files.Written]:
             if self._rank == 0:
                 create_once(path / checkpoint_files.PROGRESS, about)
-            self._complete(path, step)
-        except Exception as error:
-            self._error = error
+            return checkpoint_files.settle(path, self._rank)
 
-    def _complete(self, path: Path, step: int) -> None:
-        """When every rank's files are on the disk; an error of any rank is raised on all."""
         files: dict[str, checkpoint_files.Written] = {}
-        for written, problem in self._gather(_attempt(checkpoint_files.settle, path, self._rank)):
+        for written, problem in self._gather(_attempt(settle)):
             if problem:
-                raise OSError(f"{path} could not be saved: {problem}")
+                raise problem
             files |= written
 
         def declare() -> None:
@@ -229,7 +255,7 @@ class Checkpoints:
 
         _, problem = self._agree(_attempt, declare)
         if problem:
-            raise OSError(f"{path} could not be saved: {problem}")
+            raise problem
 
     def _gather(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank."""
@@ -247,12 +273,12 @@ class Checkpoints:
         return box[0]
 
 
-def _attempt(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
+def _attempt(function: Callable[..., Any], *arguments: Any) -> tuple[Any, OSError | None]:
     """What a function gives, or why it does not."""
     try:
         return function(*arguments), None
     except OSError as error:
-        return None, str(error)
+        return None, error
 
 
 def _json(value: Any) -> bytes:
@@ -266,12 +292,4 @@ def _versions() -> dict[str, str]:
 
 def _bytes(state: Any) -> int:
     """Of all ranks' tensors, each counted once."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(state))
-
-
-def _tensors(state: Any) -> Iterator[Tensor]:
-    for value in state.values():
-        if isinstance(value, Tensor):
-            yield value
-        else:
-            yield from _tensors(value)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tree_leaves(state))

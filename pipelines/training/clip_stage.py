@@ -1,7 +1,6 @@
 """Training the contrastive model, filtered pairs to model file: a rank's part, and rank 0's."""
 
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,10 +17,11 @@ from pipelines.sampling.reranking import Reranker
 from pipelines.training.clip_files import CLIP_FILE
 from pipelines.training.clip_loop import Batches, train_clip
 from pipelines.training.clip_training import ClipCadence, ClipTraining
+from pipelines.training.desk import Desk, ignore
 from pipelines.training.pair_loader import PairLoader
 from pipelines.training.picture_loader import PictureLoader
-from pipelines.training.run_directory import write_result
-from pipelines.training.tracking import Tracker
+from pipelines.training.stopping import StopRequest
+from pipelines.training.watchdog import Watchdog, WatchdogConfig
 from pipelines.training.weights import load_stage_one, save_model
 
 
@@ -39,6 +39,7 @@ class ClipStage:
     cadence: ClipCadence
     tracking_uri: str
     """Empty for none."""
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
     @property
     def batch_bytes(self) -> int:
@@ -69,53 +70,56 @@ def run_clip(
     rank: int = 0,
     world_size: int = 1,
 ) -> None:
-    """Train on this rank; rank 0 writes metrics, retrieval, `result.json` and the model file."""
+    """Train on this rank; rank 0 writes metrics, retrieval, `result.json` and the model file.
+
+    If it is asked to stop (`StopRequest(stage.output)`), it makes a checkpoint and no model file.
+    """
     desk = _Desk(stage, device) if rank == 0 else None
-    weights = train_clip(
-        stage.config,
-        stage.training,
-        cadence=stage.cadence,
-        batches=batches,
-        keys=stage.loader(rank, world_size).keys,
-        device=device,
-        rank=rank,
-        world_size=world_size,
-        stage_one=load_stage_one(stage.dvae)[0] if stage.training.redrawn else None,
-        checkpoints=stage.output / "checkpoints",
-        on_log=desk.log if desk else _ignore,
-        on_resume=desk.resume if desk else _ignore,
-        on_weights=desk.judge if desk else _ignore,
-    )
-    if desk:
-        desk.keep(weights)
+    with Watchdog(
+        stage.output / ".heartbeats", stage.watchdog, rank=rank, world_size=world_size
+    ) as watchdog:
+        weights = train_clip(
+            stage.config,
+            stage.training,
+            cadence=stage.cadence,
+            batches=batches,
+            keys=stage.loader(rank, world_size).keys,
+            device=device,
+            rank=rank,
+            world_size=world_size,
+            stage_one=load_stage_one(stage.dvae)[0] if stage.training.redrawn else None,
+            checkpoints=stage.output / "checkpoints",
+            on_log=desk.log if desk else ignore,
+            on_resume=desk.resume if desk else ignore,
+            on_weights=desk.judge if desk else ignore,
+            on_notice=desk.notice if desk else ignore,
+            is_asked_to_stop=StopRequest(stage.output).is_asked,
+            beat=watchdog.beat,
+        )
+        if desk and weights is None:
+            desk.stop()
+        elif desk and weights is not None:
+            desk.keep(weights)
 
 
-class _Desk:
+class _Desk(Desk):
     """What rank 0 does with what the loop hands out."""
 
     def __init__(self, stage: ClipStage, device: torch.device) -> None:
+        super().__init__(stage.output, stage.tracking_uri)
         self.stage, self.device = stage, device
         self.manifest = Manifest.load(stage.filtered, stage="filter_pairs")
         self.tokenizer = CaptionTokenizer.from_file(stage.tokenizer)
-        self.tracker = Tracker(stage.output, stage.tracking_uri)
         self.split, self.rows = _judged(self.manifest)
-        self.metrics: dict[str, float] = {}
-        self.retrieval: dict[str, float] = {}
-        self.started = time.monotonic()
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        self.metrics = metrics
-        self.tracker.log_metrics(metrics, step)
+        self.is_judged = False
 
     def resume(self, step: int, said: list[str]) -> None:
-        self.tracker.rewind(step)
-        for line in said:
-            self.tracker.notice(line, step)
+        super().resume(step, said)
         if self.split == TRAIN:
-            self.tracker.notice(
+            self.notice(
+                step,
                 f"{self.stage.filtered} holds less than two validation pairs: retrieval is "
                 "measured on pairs that are learned (filter_pairs --validation-fraction)",
-                step,
             )
 
     def judge(self, step: int, weights: dict[str, Tensor]) -> None:
@@ -126,19 +130,14 @@ class _Desk:
         model.load_state_dict({k: v.clone() for k, v in weights.items()}, assign=True)
         reranker = Reranker(model.to(self.device), OwnSlots(self.tokenizer))
         pairs = min(self.rows, self.stage.cadence.validation_pairs)
-        self.retrieval = retrieval_at_1(reranker, self.manifest, split=self.split, pairs=pairs)
-        self.tracker.log_metrics(self.retrieval, step)
+        self.log(step, retrieval_at_1(reranker, self.manifest, split=self.split, pairs=pairs))
+        self.is_judged = True
 
     def keep(self, weights: dict[str, Tensor]) -> None:
         stage = self.stage
-        if not self.retrieval:  # resumed after the last update
+        if not self.is_judged:  # resumed after the last update
             self.judge(stage.training.steps, weights)
-        result = {
-            "steps": stage.training.steps,
-            "training_seconds": round(time.monotonic() - self.started, 1),
-            **{name: round(v, 5) for name, v in (self.metrics | self.retrieval).items()},
-        }
-        write_result(stage.output, result)
+        self.keep_result(stage.training.steps)
         save_model(
             stage.output / CLIP_FILE,
             kind="clip",
@@ -159,7 +158,3 @@ def _judged(manifest: Manifest) -> tuple[Side, int]:
     if held_out >= 2:
         return VALIDATION, held_out
     return TRAIN, sum(map(len, rows_of(manifest, TRAIN)))
-
-
-def _ignore(step: int, what: object) -> None:
-    """Ranks other than the first keep nothing."""

@@ -72,8 +72,11 @@ class ClipTrainer:
         """Updates that were made."""
         return self.replica.step
 
-    def update(self, batch: PairBatch) -> ClipUpdate:
-        """One update on this rank's pairs; skipped on all ranks if not finite."""
+    def update(self, batch: PairBatch, *, stop: bool = False) -> ClipUpdate:
+        """One update on this rank's pairs; skipped on all ranks if not finite.
+
+        `stop` asks all ranks to stop: `replica.stop_asked` then is true on every one.
+        """
         pixels = to_device(batch.pictures.pixels, self.device).float().div_(255)
         tokens, ends = (to_device(part, self.device) for part in (batch.tokens, batch.ends))
         with self.replica.autocast(self.device):
@@ -83,7 +86,7 @@ class ClipTrainer:
             matching = contrastive_loss(
                 images, texts, self.model.scale(), gather=self.gather, rank=self.rank
             )
-        finite = self.replica.descend(matching.loss, self.training.lr(self.step))
+        finite = self.replica.descend(matching.loss, self.training.lr(self.step), stop=stop)
         if finite:
             self.model.clamp_scale()
         self.replica.count(finite)

@@ -73,7 +73,9 @@ def train_prior(
     """
     trainer = PriorTrainer(model, training, device)
     settings = {"prior": asdict(model), "training": asdict(training)}
-    saved = Checkpoints(checkpoints, keep=cadence.keep_checkpoints, settings=settings)
+    saved = Checkpoints(
+        checkpoints, keep=cadence.keep_checkpoints, settings=settings, on_failure=on_notice
+    )
     said = trainer.resume(saved)
     on_resume(trainer.step, said)
     pace = Pace(trainer.step)

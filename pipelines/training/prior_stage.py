@@ -1,7 +1,6 @@
 """One worker's part of training a prior: reads the inputs, trains, keeps the results."""
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,13 +16,12 @@ from pipelines.data.tokenizer import CaptionTokenizer
 from pipelines.sampling.engine import Sampler
 from pipelines.sampling.grid import captioned_rows
 from pipelines.training.block_history import BlockHistory, BlockRecord
+from pipelines.training.desk import Desk, ignore
 from pipelines.training.prior_loop import Cadence, load_weights, train_prior
 from pipelines.training.prior_trainer import PriorTraining
-from pipelines.training.run_directory import write_result
 from pipelines.training.scale_picture import scale_picture
 from pipelines.training.stopping import StopRequest
 from pipelines.training.token_loader import TokenLoader
-from pipelines.training.tracking import Tracker
 from pipelines.training.validation import HeldOut
 from pipelines.training.watchdog import Watchdog, WatchdogConfig
 from pipelines.training.weights import load_stage_one, save_model
@@ -105,23 +103,23 @@ def _train(
         loader=loader,
         device=device,
         checkpoints=stage.output / "checkpoints",
-        on_log=desk.log if desk else _ignore,
-        on_resume=desk.resume if desk else _ignore,
-        on_weights=desk.keep if desk else _ignore,
-        on_blocks=desk.record if desk else _ignore,
-        on_odd=desk.keep_odd if desk else _ignore_odd,
+        on_log=desk.log if desk else ignore,
+        on_resume=desk.resume if desk else ignore,
+        on_weights=desk.keep if desk else ignore,
+        on_blocks=desk.record if desk else ignore,
+        on_odd=desk.keep_odd if desk else ignore,
         held_out=held_out,
-        on_validation=desk.validate if desk else _ignore,
+        on_validation=desk.log if desk else ignore,
         is_asked_to_stop=StopRequest(stage.output).is_asked,
         beat=watchdog.beat,
-        on_notice=desk.notice if desk else _ignore,
+        on_notice=desk.notice if desk else ignore,
         is_machine_leaving=is_machine_leaving,
     )
     if desk and not finished:
-        desk.tracker.notice("stopped, as it was asked to, after a checkpoint", desk.step)
+        desk.stop()
 
 
-class _Desk:
+class _Desk(Desk):
     """What rank 0 does with what the loop hands out."""
 
     def __init__(
@@ -132,34 +130,20 @@ class _Desk:
         tokenizer: CaptionTokenizer,
         held_out: HeldOut,
     ) -> None:
+        super().__init__(stage.output, stage.tracking_uri)
         self.held_out = held_out
         self.stage, self.manifest, self.loader, self.tokenizer = stage, manifest, loader, tokenizer
-        self.tracker = Tracker(stage.output, stage.tracking_uri)
         self.blocks = BlockHistory(stage.output)
-        self.metrics: dict[str, float] = {}
-        self.losses: dict[str, float] = {}
-        self.step, self.started = 0, time.monotonic()
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        self.step, self.metrics = step, metrics
-        self.tracker.log_metrics(metrics, step)
 
     def resume(self, step: int, said: list[str]) -> None:
-        self.step = step
-        self.tracker.rewind(step)
+        super().resume(step, said)
         self.blocks.rewind(step)
-        for line in said:
-            self.tracker.notice(line, step)
         if not self.held_out and not step:
-            self.tracker.notice(
+            self.notice(
+                step,
                 f"{self.manifest.path} holds no validation rows: losses are those of what is "
                 "learned (filter_pairs --validation-fraction)",
-                step,
             )
-
-    def validate(self, step: int, losses: dict[str, float]) -> None:
-        self.losses = losses
-        self.tracker.log_metrics(losses, step)
 
     def keep_odd(self, step: int, batch: int, why: str) -> None:
         """Name the samples of an update, for somebody to look at them."""
@@ -167,10 +151,7 @@ class _Desk:
         with (self.stage.output / ODD_FILE).open("a") as file:
             file.write(json.dumps(row) + "\n")
         if "loss" in why:  # a scale that is too high is how fp16 finds its scale
-            self.tracker.notice(f"update {step} is odd: {why}; its samples are in {ODD_FILE}", step)
-
-    def notice(self, step: int, text: str) -> None:
-        self.tracker.notice(text, step)
+            self.notice(step, f"update {step} is odd: {why}; its samples are in {ODD_FILE}")
 
     def record(self, step: int, record: BlockRecord) -> None:
         self.blocks.add(record)
@@ -182,12 +163,7 @@ class _Desk:
             self.tracker.log_image("resblocks", picture, step)
         if step < self.stage.training.steps:
             return
-        result = {
-            "steps": step,
-            "training_seconds": round(time.monotonic() - self.started, 1),
-            **{name: round(value, 5) for name, value in (self.metrics | self.losses).items()},
-        }
-        write_result(self.stage.output, result)
+        self.keep_result(step)
         save_model(
             self.stage.output / PRIOR_FILE,
             kind="prior",
@@ -215,11 +191,3 @@ class _Desk:
         titles = [*prompts[:learned], *(f"held out: {prompt}" for prompt in unseen)]
         rows = list(zip(titles, sampled, strict=True))
         self.tracker.log_image("samples", captioned_rows(rows), step)
-
-
-def _ignore(step: int, what: object) -> None:
-    """Ranks other than the first keep nothing."""
-
-
-def _ignore_odd(step: int, batch: int, why: str) -> None:
-    """And name no samples."""

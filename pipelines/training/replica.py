@@ -1,7 +1,7 @@
 """A model of which every rank has the whole: one update of it, and what a resumed run must find.
 
 Gradients are summed over the ranks in one vector; an update that is not finite anywhere is skipped
-everywhere.
+everywhere, and all stop after the update in which any is asked to.
 """
 
 import math
@@ -43,19 +43,25 @@ class Replica:
         self.loss_scale = LossScale(precision)
         self.gradients = self._flat_gradients()
         self.step, self.skipped, self.skipped_in_a_row = 0, 0, 0
+        self.stop_asked = False
+        """Whether any rank was asked to stop; the same on all."""
 
-    def descend(self, loss: Tensor, lr: float) -> bool:
+    def descend(self, loss: Tensor, lr: float, *, stop: bool) -> bool:
         """Move the weights against the gradient of the ranks' mean loss, unless it is not finite.
 
         Gives whether they moved; `count` must follow, after whatever else moves with an update.
+        `stop` asks all ranks to stop, which `stop_asked` then says.
         """
         self.gradients.zero_()
         (loss * (self.loss_scale.value / self.world_size)).backward()
-        # The last element counts the ranks whose loss is not finite, for one reduction less.
-        self.gradients[-1] = (~torch.isfinite(loss.detach())).float()
+        # Two elements more, for two reductions less.
+        is_fault = (~torch.isfinite(loss.detach())).float()
+        self.gradients[-2:] = torch.stack([is_fault, is_fault.new_tensor(stop)])
         self.sum_over_ranks(self.gradients)
-        norm = (gradients := self.gradients[:-1].div_(self.loss_scale.value)).norm()
-        finite = math.isfinite(float(norm)) and not self.gradients[-1]
+        norm = (gradients := self.gradients[:-2].div_(self.loss_scale.value)).norm()
+        value, faults, stops = torch.cat([norm[None], self.gradients[-2:]]).tolist()
+        finite = math.isfinite(value) and not faults
+        self.stop_asked = stops > 0
         if finite:
             if self.clip_norm:
                 gradients.mul_((self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -67,7 +73,7 @@ class Replica:
     def count(self, finite: bool) -> None:
         """Close an update that did, or did not, move the weights."""
         # An overflow of scaled gradients is how fp16 finds its scale, not a fault.
-        is_fault = bool(self.gradients[-1]) or self.loss_scale.value <= 1
+        is_fault = bool(self.gradients[-2]) or self.loss_scale.value <= 1
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + is_fault
         self.skipped += not finite
         self.loss_scale.update(finite)
@@ -115,15 +121,17 @@ class Replica:
         }
 
     def _flat_gradients(self) -> Tensor:
-        """One vector that all gradients are views of, and one element more.
+        """One vector that all gradients are views of, and two elements more.
+
+        They count the ranks whose loss is not finite, and those that are asked to stop.
 
         The buckets of DistributedDataParallel are laid out anew after the first update: a resumed
         run would sum in another order.
         """
         sizes = [parameter.numel() for parameter in self.trained.values()]
         device = next(iter(self.trained.values())).device
-        flat = torch.zeros(sum(sizes) + 1, device=device)
-        for parameter, part in zip(self.trained.values(), flat[:-1].split(sizes), strict=True):
+        flat = torch.zeros(sum(sizes) + 2, device=device)
+        for parameter, part in zip(self.trained.values(), flat[:-2].split(sizes), strict=True):
             # Laid out as the parameter is: the fused optimizer walks both in memory order.
             parameter.grad = part.as_strided(parameter.shape, parameter.stride())
         return flat

@@ -31,7 +31,6 @@ def rewind_from_spike(
     if not spikes.may_rewind:
         on_notice(step, f"{jumped}; after {spikes.rewinds} rewinds the training goes on as it is")
         return False
-    saved.wait()
     said = trainer.resume(saved)
     if trainer.step == step:
         on_notice(step, f"{jumped}; there is no checkpoint to go back to yet")

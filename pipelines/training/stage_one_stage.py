@@ -1,7 +1,6 @@
 """Training stage one from a filtered dataset to a model file: what a rank does, and what rank 0."""
 
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +11,12 @@ from models.stage_one import StageOneConfig
 from pipelines.data.stage import Manifest
 from pipelines.data.storage import Location
 from pipelines.training.codebook_picture import codebook_picture
+from pipelines.training.desk import Desk, ignore
 from pipelines.training.picture_loader import PictureLoader
-from pipelines.training.run_directory import write_result
 from pipelines.training.stage_one_loop import Batches, train_stage_one
 from pipelines.training.stage_one_training import StageOneCadence, StageOneTraining
-from pipelines.training.tracking import Tracker
+from pipelines.training.stopping import StopRequest
+from pipelines.training.watchdog import Watchdog, WatchdogConfig
 from pipelines.training.weights import save_model, stage_one_kind
 
 SHOWN_PICTURES = 16
@@ -33,6 +33,7 @@ class StageOneStage:
     cadence: StageOneCadence
     tracking_uri: str
     """Empty for none."""
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
     @property
     def model_file(self) -> Path:
@@ -69,53 +70,56 @@ def run_stage_one(
     rank: int = 0,
     world_size: int = 1,
 ) -> None:
-    """Train on this rank; rank 0 writes metrics, pictures, `result.json` and the model file."""
+    """Train on this rank; rank 0 writes metrics, pictures, `result.json` and the model file.
+
+    If it is asked to stop (`StopRequest(stage.output)`), it makes a checkpoint and no model file.
+    """
     desk = _Desk(stage) if rank == 0 else None
-    weights = train_stage_one(
-        stage.config,
-        stage.training,
-        cadence=stage.cadence,
-        batches=batches,
-        keys=stage.loader(rank, world_size).keys,
-        shown=stage.loader(0, 1).batch(0).pixels[:SHOWN_PICTURES],
-        device=device,
-        rank=rank,
-        world_size=world_size,
-        checkpoints=stage.output / "checkpoints",
-        on_log=desk.log if desk else _ignore,
-        on_resume=desk.resume if desk else _ignore,
-        on_images=desk.show if desk else _ignore_images,
-    )
-    if desk:
-        desk.keep(weights)
+    with Watchdog(
+        stage.output / ".heartbeats", stage.watchdog, rank=rank, world_size=world_size
+    ) as watchdog:
+        weights = train_stage_one(
+            stage.config,
+            stage.training,
+            cadence=stage.cadence,
+            batches=batches,
+            keys=stage.loader(rank, world_size).keys,
+            shown=stage.loader(0, 1).batch(0).pixels[:SHOWN_PICTURES],
+            device=device,
+            rank=rank,
+            world_size=world_size,
+            checkpoints=stage.output / "checkpoints",
+            on_log=desk.log if desk else ignore,
+            on_resume=desk.resume if desk else ignore,
+            on_images=desk.show if desk else ignore,
+            on_notice=desk.notice if desk else ignore,
+            is_asked_to_stop=StopRequest(stage.output).is_asked,
+            beat=watchdog.beat,
+        )
+        if desk and weights is None:
+            desk.stop()
+        elif desk and weights is not None:
+            desk.keep(weights)
 
 
-class _Desk:
+class _Desk(Desk):
     """What rank 0 does with what the loop hands out."""
 
     def __init__(self, stage: StageOneStage) -> None:
+        super().__init__(stage.output, stage.tracking_uri)
         self.stage = stage
-        self.tracker = Tracker(stage.output, stage.tracking_uri)
-        self.metrics: dict[str, float] = {}
-        self.started = time.monotonic()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         collapsed_before = self.metrics.get("codebook_collapsed")
-        self.metrics = metrics
-        self.tracker.log_metrics(metrics, step)
+        super().log(step, metrics)
         if metrics["codebook_collapsed"] and not collapsed_before:
-            self.tracker.notice(
+            self.notice(
+                step,
                 f"THE CODEBOOK HAS COLLAPSED: {metrics['codes_used']:.0f} of "
                 f"{self.stage.config.vocab_size} codes are in use after update {step}. Pictures "
                 "will lose their detail. For a short dVAE training, begin with the full KL weight "
                 "(--training.schedule.beta-start); see docs/stage-one.md",
-                step,
             )
-
-    def resume(self, step: int, said: list[str]) -> None:
-        self.tracker.rewind(step)
-        for line in said:
-            self.tracker.notice(line, step)
 
     def show(self, step: int, pictures: dict[str, np.ndarray], usage: np.ndarray) -> None:
         # One column a picture; rows of originals, hard and relaxed reconstructions.
@@ -125,12 +129,7 @@ class _Desk:
 
     def keep(self, weights: dict[str, Tensor]) -> None:
         stage = self.stage
-        result = {
-            "steps": stage.training.steps,
-            "training_seconds": round(time.monotonic() - self.started, 1),
-            **{name: round(value, 5) for name, value in self.metrics.items()},
-        }
-        write_result(stage.output, result)
+        self.keep_result(stage.training.steps)
         manifest = Manifest.load(stage.filtered, stage="filter_pairs")
         save_model(
             stage.model_file,
@@ -139,11 +138,3 @@ class _Desk:
             state=weights,
             metadata={"filtered_digest": manifest.digest, "training": asdict(stage.training)},
         )
-
-
-def _ignore(step: int, what: object) -> None:
-    """Ranks other than the first keep nothing."""
-
-
-def _ignore_images(step: int, pictures: object, usage: object) -> None:
-    """And show nothing."""

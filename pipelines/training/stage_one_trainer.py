@@ -52,18 +52,27 @@ class StageOneTrainer:
         return self.replica.step
 
     @property
+    def stop_asked(self) -> bool:
+        """Whether any rank was asked to stop before the last update."""
+        return self.replica.stop_asked
+
+    @property
     def skipped_in_a_row(self) -> int:
         """Of them, the last ones that moved no weight."""
         return self.replica.skipped_in_a_row
 
-    def update(self, batch: Tensor, *, report: bool) -> Loss:
-        """One update on this rank's pictures (B, 3, S, S) uint8; skipped on all if not finite."""
+    def update(self, batch: Tensor, *, report: bool, stop: bool = False) -> Loss:
+        """One update on this rank's pictures (B, 3, S, S) uint8; skipped on all if not finite.
+
+        `stop` asks all ranks to stop: `stop_asked` then is true on every one, after this update.
+        """
         noise = self._noise()
         with self.replica.autocast(self.device):
             loss = self.objective.loss(
                 self._pixels(batch), step=self.step, generator=noise, report=report
             )
-        finite = self.replica.descend(loss.value, self.training.step_sizes.lr(self.step))
+        lr = self.training.step_sizes.lr(self.step)
+        finite = self.replica.descend(loss.value, lr, stop=stop)
         if finite:
             self.objective.after_update(
                 generator=noise,

@@ -1,7 +1,9 @@
 """Two workers of a training of the prior against one, at the same batch a worker.
 
 Real processes of one thread each, which read real shards: two of them should do twice the work.
-Wall time; both ways in turn.
+Two trainings that know nothing of each other say what the machine has for a second process. The
+workers share the weights out, as the quickstart's do, or are replicas; they send each other as much
+for 64 pictures as for 16. Wall time; all ways in turn.
 """
 
 import multiprocessing
@@ -11,7 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,64 +26,115 @@ from pipelines.training.token_loader import TokenLoader
 from tests.benchmarks.measure import Effort, Row, significant, versions
 from tests.fixtures.datasets import TinyTokens, tiny_tokens
 
-WARM_UP, MEASURED = 5, 20
-SAMPLES = 16  # a worker's, of an update: half of the quickstart's batch of two workers
+WARM_UP = 4
+MEASURED_SAMPLES = 320  # of a worker
+
+
+class Way(NamedTuple):
+    """How a training goes."""
+
+    samples: int
+    """A worker's, of an update."""
+    workers: int = 1
+    group_size: int = 1
+    """Workers that share the weights out."""
+    copies: int = 1
+    """Such trainings at a time."""
+
+    @property
+    def measured(self) -> int:
+        """Updates."""
+        return MEASURED_SAMPLES // self.samples
+
+
+WAYS = {
+    # Half of the quickstart's batch of two workers.
+    "two-workers": Way(16, workers=2, group_size=2),
+    "two-workers-replicas": Way(16, workers=2),
+    "two-workers-64": Way(64, workers=2, group_size=2),
+}
+
+
+class Rates(NamedTuple):
+    """What a training, or several, did."""
+
+    tokens: float
+    """A second, of all workers."""
+    data_wait: float
+    """Share of the time in which rank 0 waited for batches."""
 
 
 def rows(effort: Effort) -> list[Row]:
     """The quickstart's prior."""
+    others = {Way(samples, copies=copies) for samples in (16, 64) for copies in (1, 2)}
+    found: dict[Way, list[Rates]] = {way: [] for way in (*WAYS.values(), *sorted(others))}
     with TemporaryDirectory() as folder:
         tiny = tiny_tokens(Path(folder) / "data", rows=128)
-        pairs = []
         for repeat in range(effort.repeats):
-            rates = [_measure(tiny, Path(folder) / f"{repeat}-{size}", size) for size in (2, 1)]
-            pairs.append(rates)
-    ratios = [two["tokens"] / one["tokens"] for two, one in pairs]
-    waits = [statistics.median(pair[index]["data_wait"] for pair in pairs) for index in (0, 1)]
-    return [
-        Row(
-            row="two-workers",
-            peer="one worker, the same batch a worker",
-            precision="fp32",
-            ours=significant(statistics.median(two["tokens"] for two, _ in pairs)),
-            theirs=significant(statistics.median(one["tokens"] for _, one in pairs)),
-            unit="tokens/s",
-            ratio_median=significant(statistics.median(ratios)),
-            ratio_min=significant(min(ratios)),
-            ratio_max=significant(max(ratios)),
-            versions=versions(("torch",)),
-            note=f"{SAMPLES} pictures a worker, gloo, {len(os.sched_getaffinity(0))} processors; "
-            f"waiting for input: {waits[0]:.2%} of the time with two, {waits[1]:.2%} with one",
-        )
-    ]
+            for number, (way, rates) in enumerate(found.items()):
+                rates.append(_measure(tiny, Path(folder) / f"{repeat}-{number}", way))
+    return [_row(name, way, found) for name, way in WAYS.items()]
 
 
-def _measure(tiny: TinyTokens, path: Path, world_size: int) -> dict[str, float]:
-    """Tokens a second of all workers, and rank 0's share of waiting for batches."""
-    path.mkdir()
+def _row(name: str, way: Way, found: dict[Way, list[Rates]]) -> Row:
+    ours, alone, strangers = (
+        found[which] for which in (way, Way(way.samples), Way(way.samples, copies=2))
+    )
+    ratios = _ratios(ours, alone)
+    waits = [statistics.median(rates.data_wait for rates in which) for which in (ours, alone)]
+    return Row(
+        row=name,
+        peer="one worker, the same batch a worker",
+        precision="fp32",
+        ours=significant(statistics.median(rates.tokens for rates in ours)),
+        theirs=significant(statistics.median(rates.tokens for rates in alone)),
+        unit="tokens/s",
+        ratio_median=significant(statistics.median(ratios)),
+        ratio_min=significant(min(ratios)),
+        ratio_max=significant(max(ratios)),
+        versions=versions(("torch",)),
+        note=f"{way.samples} pictures a worker, gloo, {len(os.sched_getaffinity(0))} processors; "
+        "two trainings that know nothing of each other reach "
+        f"{statistics.median(_ratios(strangers, alone)):.2f} times one; "
+        f"waiting for input: {waits[0]:.2%} of the time with two, {waits[1]:.2%} with one",
+    )
+
+
+def _ratios(ours: list[Rates], theirs: list[Rates]) -> list[float]:
+    return [own.tokens / other.tokens for own, other in zip(ours, theirs, strict=True)]
+
+
+def _measure(tiny: TinyTokens, path: Path, way: Way) -> Rates:
     context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    processes = [
-        context.Process(target=_work, args=(rank, world_size, path, tiny, sender))
-        for rank in range(world_size)
-    ]
+    processes, receivers = [], []
+    for copy in range(way.copies):
+        (path / str(copy)).mkdir(parents=True)
+        receiver, sender = context.Pipe(duplex=False)
+        receivers.append(receiver)
+        for rank in range(way.workers):
+            arguments = (rank, way, path / str(copy), tiny, sender)
+            processes.append(context.Process(target=_work, args=arguments))
     for process in processes:
         process.start()
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    found: dict[str, float] = receiver.recv()
-    return found
+    rates: list[Rates] = [receiver.recv() for receiver in receivers]
+    return Rates(sum(r.tokens for r in rates), statistics.mean(r.data_wait for r in rates))
 
 
-def _work(rank: int, world_size: int, path: Path, tiny: TinyTokens, result: Any) -> None:
+def _work(rank: int, way: Way, path: Path, tiny: TinyTokens, result: Any) -> None:
     torch.set_num_threads(1)
-    if world_size > 1:
+    if way.workers > 1:
         dist.init_process_group(
-            "gloo", init_method=f"file://{path / 'meeting'}", rank=rank, world_size=world_size
+            "gloo", init_method=f"file://{path / 'meeting'}", rank=rank, world_size=way.workers
         )
     training = replace(
-        TINY.training, steps=WARM_UP + MEASURED, batch_samples=SAMPLES * world_size, bpe_dropout=0.1
+        TINY.training,
+        steps=WARM_UP + way.measured,
+        batch_samples=way.samples * way.workers,
+        bpe_dropout=0.1,
+        sharding=replace(TINY.training.sharding, group_size=way.group_size),
     )
     loader = TokenLoader(
         Manifest.load(tiny.tokens, stage="encode_pairs"),
@@ -91,7 +144,7 @@ def _work(rank: int, world_size: int, path: Path, tiny: TinyTokens, result: Any)
         bpe_dropout=training.bpe_dropout,
         seed=0,
         rank=rank,
-        world_size=world_size,
+        world_size=way.workers,
     )
     logged: list[tuple[float, dict[str, float]]] = []
     train_prior(
@@ -107,6 +160,6 @@ def _work(rank: int, world_size: int, path: Path, tiny: TinyTokens, result: Any)
     )
     if rank == 0:
         seconds = logged[-1][0] - logged[WARM_UP - 1][0]
-        tokens = MEASURED * training.batch_samples * TINY.prior.stream_len
+        tokens = way.measured * training.batch_samples * TINY.prior.stream_len
         waits = [metrics["data_wait"] for _, metrics in logged[WARM_UP:]]
-        result.send({"tokens": tokens / seconds, "data_wait": statistics.mean(waits)})
+        result.send(Rates(tokens / seconds, statistics.mean(waits)))

@@ -1,4 +1,4 @@
-"""The contrastive model trained by two gloo processes: as by one, and killed and resumed."""
+"""The reranker trained by two gloo processes: as by one, and stopped, killed and resumed."""
 
 import os
 from pathlib import Path
@@ -27,6 +27,10 @@ def run_rank(rank: int, path: Path, kill_at: int, meeting: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     kept = first_update(rank, 2)
+    if kill_at:  # stopped before that, by the second rank's wish, and gone on with
+        stopped = run(path, stop_at=2, rank=rank, world_size=2)
+        assert stopped["weights"] is None
+        assert list(stopped["log"]) == [1, 2, 3]
     try:
         told = run(path, kill_at=kill_at, rank=rank, world_size=2)
     except Killed:
@@ -48,7 +52,7 @@ def first_update(rank: int, world_size: int) -> dict[str, Any]:
     update = trainer.update(pairs(0, rank, world_size))
     return {
         "row": trainer.metrics(update, 0),
-        "gradients": trainer.replica.gradients[:-1].clone(),
+        "gradients": trainer.replica.gradients[:-2].clone(),
     }
 
 

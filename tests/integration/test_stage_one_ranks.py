@@ -1,4 +1,4 @@
-"""Stage one trained by two gloo processes, killed and resumed."""
+"""Stage one trained by two gloo processes, stopped, killed and resumed."""
 
 import os
 from pathlib import Path
@@ -18,6 +18,10 @@ def run_rank(rank: int, path: Path, kill_at: int, meeting: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     told = {}
     for kind in KINDS:
+        if kill_at:  # stopped before that, by the second rank's wish, and gone on with
+            stopped = run(path / kind, kind, stop_at=2, rank=rank, world_size=2)
+            assert stopped["weights"] is None
+            assert list(stopped["log"]) == [1, 2, 3]
         try:
             told[kind] = run(path / kind, kind, kill_at=kill_at, rank=rank, world_size=2)
         except Killed:
@@ -27,7 +31,7 @@ def run_rank(rank: int, path: Path, kill_at: int, meeting: Path) -> None:
     torch.save({kind: {key: told[kind][key] for key in kept} for kind in told}, path / f"{rank}.pt")
 
 
-def test_two_killed_and_resumed_processes_end_in_the_same_bits(tmp_path: Path) -> None:
+def test_two_stopped_killed_and_resumed_processes_end_in_the_same_bits(tmp_path: Path) -> None:
     whole = on_two_that_may_die(run_rank, tmp_path / "whole")
     on_two_that_may_die(run_rank, tmp_path / "killed", kill_at=5)
     resumed = on_two_that_may_die(run_rank, tmp_path / "killed")

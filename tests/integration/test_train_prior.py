@@ -1,10 +1,7 @@
 """jobs.train_prior on a real Ray: two FSDP2 workers, MLflow, refusals."""
 
 import json
-import os
 import re
-import signal
-import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from pipelines.training.checkpoint_files import attempts, is_complete, read_prog
 from pipelines.training.mlflow_run import run_id_of
 from pipelines.training.weights import load_prior
 from tests.fixtures.datasets import TinyTokens, tiny_tokens
+from tests.fixtures.sigterm import run_until_sigterm
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 STEPS = 12
@@ -78,21 +76,9 @@ def test_a_driver_that_is_told_to_end_stops_after_a_checkpoint(
     tiny: TinyTokens, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "prior"
-    metrics, over = out / "metrics.jsonl", threading.Event()
-
-    def end_it() -> None:
-        while not over.wait(0.05):
-            if metrics.exists() and '"loss"' in metrics.read_text():
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
-
-    watcher = threading.Thread(target=end_it)
-    watcher.start()
-    try:
-        code = train_prior.main(arguments(tiny, out, "--training.steps=100000"))
-    finally:
-        over.set()
-        watcher.join()
+    metrics = out / "metrics.jsonl"
+    line = arguments(tiny, out, "--training.steps=100000")
+    code = run_until_sigterm(train_prior.main, line, metrics)
     assert code == runtime.STOPPED
     assert "run the same line again" in capsys.readouterr().out
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]

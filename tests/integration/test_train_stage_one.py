@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from jobs import train_dvae, train_vqvae
+from jobs import runtime, train_dvae, train_vqvae
 from pipelines.data.stage import Manifest
 from pipelines.data.storage import sha256_file
+from pipelines.training.checkpoint_files import attempts, is_complete
 from pipelines.training.weights import load_stage_one
 from tests.fixtures.datasets import filtered_pairs
 from tests.fixtures.processes import processes_named
+from tests.fixtures.sigterm import run_until_sigterm
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 STEPS = 4
@@ -111,6 +113,17 @@ def kill_a_reader(output: Path, killed: threading.Event) -> None:
             killed.set()
             return
         threading.Event().wait(0.1)  # polling for the first metrics
+
+
+def test_a_driver_that_is_told_to_end_stops_after_a_checkpoint(
+    filtered: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "dvae"
+    line = arguments("dvae", filtered, out, "--training.steps=100000", "--loaders.per-worker=1")
+    assert run_until_sigterm(train_dvae.main, line, out / "metrics.jsonl") == runtime.STOPPED
+    assert "run the same line again" in capsys.readouterr().out
+    assert is_complete(attempts(out / "checkpoints")[0])
+    assert not (out / "dvae.safetensors").exists()
 
 
 def test_a_collapsed_codebook_is_said_loudly(

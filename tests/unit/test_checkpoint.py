@@ -182,22 +182,6 @@ def test_a_training_goes_on_while_a_checkpoint_is_written(
         assert checkpoints._staged(state)["model"]["w"].data_ptr() == buffer
 
 
-def test_an_error_of_the_thread_is_raised_at_the_next_save_and_at_the_end(tmp_path: Path) -> None:
-    save(tmp_path, 2)
-
-    for end in (lambda c: c.save(6, state_of(6), {}), lambda c: c.wait()):
-        checkpoints = of(tmp_path)
-        checkpoints._complete = fail_with_a_full_disk  # type: ignore
-        checkpoints.save(4, state_of(4), {})
-        with pytest.raises(OSError, match="No space left"):
-            end(checkpoints)
-        check_resumes(tmp_path, at=(2,))
-
-
-def fail_with_a_full_disk(*arguments: Any) -> None:
-    raise OSError(28, "No space left on device")
-
-
 def test_a_disk_that_is_too_full_is_said_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

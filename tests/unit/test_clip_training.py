@@ -82,10 +82,11 @@ def run(
     *,
     how: ClipTraining | None = None,
     kill_at: int = 0,
+    stop_at: int = 0,
     rank: int = 0,
     world_size: int = 1,
 ) -> dict[str, Any]:
-    """Train, or break off at a step; what the effects were told."""
+    """Train, or break off at a step, or ask the last rank to stop; what the effects were told."""
     told: dict[str, Any] = {"log": {}, "resumed": [], "judged": []}
 
     @contextmanager
@@ -111,6 +112,7 @@ def run(
         on_log=on_log,
         on_resume=lambda step, said: told["resumed"].append((step, said)),
         on_weights=lambda step, weights: told["judged"].append(step),
+        is_asked_to_stop=lambda: rank == world_size - 1 and stop_at in told["log"],
     )
     return told
 
@@ -178,17 +180,27 @@ def test_the_gain_and_the_temperature_do_not_decay_and_the_weights_do() -> None:
     }
 
 
+def test_a_stopped_training_has_a_checkpoint_and_goes_on(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+    stopped = run(tmp_path / "stopped", stop_at=2)  # asked before update 3
+    assert stopped["weights"] is None
+    assert list(stopped["log"]) == [1, 2, 3]
+    resumed = run(tmp_path / "stopped")
+    assert resumed["resumed"][0][0] == 3
+    assert same(whole["weights"], resumed["weights"])
+
+
 def test_a_pair_that_is_not_finite_changes_no_weight_and_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = ClipTrainer.update
 
-    def spoil(self: ClipTrainer, batch: PairBatch) -> Any:
+    def spoil(self: ClipTrainer, batch: PairBatch, *, stop: bool) -> Any:
         with torch.no_grad():
             self.model.text.embedding.weight[39] = float("nan")
             batch.tokens[batch.tokens == 39] = 38
             batch.tokens[2, 0] = 39
-        return good(self, batch)
+        return good(self, batch, stop=stop)
 
     monkeypatch.setattr(ClipTrainer, "update", spoil)
     with pytest.raises(

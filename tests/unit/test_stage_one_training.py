@@ -91,10 +91,11 @@ def run(
     *,
     how: StageOneTraining | None = None,
     kill_at: int = 0,
+    stop_at: int = 0,
     rank: int = 0,
     world_size: int = 1,
 ) -> dict[str, Any]:
-    """Train, or break off at a step; what the effects were told."""
+    """Train, or break off at a step, or ask the last rank to stop; what the effects were told."""
     told: dict[str, Any] = {"log": {}, "resumed": [], "images": {}, "usage": {}}
 
     @contextmanager
@@ -123,6 +124,7 @@ def run(
         on_log=on_log,
         on_resume=lambda step, said: told["resumed"].append((step, said)),
         on_images=on_images,
+        is_asked_to_stop=lambda: rank == world_size - 1 and stop_at in told["log"],
     )
     return told
 
@@ -151,6 +153,17 @@ def test_a_killed_and_resumed_training_ends_in_the_same_bits(kind: str, tmp_path
     with pytest.raises(Killed):
         run(tmp_path / "killed", kind, kill_at=5)
     check_resumed(whole, run(tmp_path / "killed", kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stopped_training_has_a_checkpoint_and_goes_on(kind: str, tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", kind)
+    stopped = run(tmp_path / "stopped", kind, stop_at=2)  # asked before update 3
+    assert stopped["weights"] is None
+    assert list(stopped["log"]) == [1, 2, 3]
+    resumed = run(tmp_path / "stopped", kind)
+    assert resumed["resumed"][0][0] == 3
+    assert same(whole["weights"], resumed["weights"])
 
 
 def test_ranks_see_parts_of_one_batch_under_noise_of_their_own() -> None:

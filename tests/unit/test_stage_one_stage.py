@@ -1,0 +1,61 @@
+"""One worker's part of training stage one, without Ray: what it leaves, stopped and resumed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.dvae import DVAEConfig
+from pipelines.data.stage import Manifest
+from pipelines.training.checkpoint_files import attempts, is_complete
+from pipelines.training.picture_loader import PictureBatch, prefetch
+from pipelines.training.run_directory import read_result
+from pipelines.training.stage_one_stage import StageOneStage, run_stage_one
+from pipelines.training.stage_one_training import DVAETraining, StageOneCadence
+from pipelines.training.stopping import StopRequest
+from pipelines.training.watchdog import WatchdogConfig
+from tests.fixtures.datasets import filtered_pairs
+
+
+def run(stage: StageOneStage) -> list[dict[str, Any]]:
+    """The rows that it leaves in metrics.jsonl."""
+    loader = stage.loader(0, 1)
+
+    def batches(first: int, last: int) -> Any:
+        return prefetch(lambda step: PictureBatch.unpack(loader.arrays(step)), first, last)
+
+    run_stage_one(stage, batches=batches, device=torch.device("cpu"))
+    return [json.loads(row) for row in (stage.output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_training_that_is_asked_to_stop_leaves_a_checkpoint_and_goes_on(tmp_path: Path) -> None:
+    pairs: Manifest = filtered_pairs(tmp_path / "filtered", rows=8)
+    stage = StageOneStage(
+        output=tmp_path / "dvae",
+        filtered=pairs.path,
+        config=DVAEConfig(
+            image_size=16, vocab_size=12, n_hid=8, n_init=6, group_count=3, n_blk_per_group=1
+        ),
+        training=DVAETraining(steps=3, batch_samples=2, precision="fp32"),
+        cadence=StageOneCadence(log_every=1, checkpoint_every=100, images_every=3),
+        tracking_uri="",
+        watchdog=WatchdogConfig(patience_seconds=300),
+    )
+    request = StopRequest(stage.output)
+    stage.output.mkdir()
+    request.ask()
+    rows = run(stage)
+    assert rows[-1]["notice"] == "stopped, as it was asked to, after a checkpoint"
+    assert not stage.model_file.exists()
+    assert [is_complete(path) for path in attempts(stage.output / "checkpoints")] == [True]
+    request.forget()
+    rows = run(stage)
+    assert stage.model_file.exists()
+    assert [row["step"] for row in rows if "hard_elb" in row] == [1, 2, 3]
+    assert any("resumed after step 1" in row.get("notice", "") for row in rows)
+    result = read_result(stage.output)
+    assert result["steps"] == 3
+    assert result["hard_elb"] == round(rows[-1]["hard_elb"], 5)
+    beat = json.loads((stage.output / ".heartbeats" / "rank-0.json").read_bytes())
+    assert beat["begun"] >= 1  # written as the watchdog begins to look
