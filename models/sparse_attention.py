@@ -1,18 +1,16 @@
 """Attention that computes little more than its mask shows, as batched matrix products.
 
 The image tokens are cut into blocks: the grid's rows, or its columns for the column kind. In every
-mask of the paper the queries of a block see image keys of their own block and a few before it, a
-window that moves with the block: a view of the keys, one behind another. So scores are made against
-all text keys and the window's, beside each other: one softmax runs over both. With a 32×32 grid
-that is 256 + 64 keys a query for rows, 256 + 32 for columns and 256 + 200 for an 11×11 convolution,
-where a dense mask computes 1,280.
+mask of the paper the queries of a block see image keys in a few blocks only, their own and those
+just before it. So scores are made against all text keys and these blocks' keys, beside each other:
+one softmax runs over both. With a 32×32 grid that is 256 + 64 keys a query for rows, 256 + 32 for
+columns and 256 + 224 for an 11×11 convolution, where a dense mask computes 1,280.
 
 In 16 bits scores are rounded to 16 bits before the softmax, as in any attention that is written
 out.
 
 Letters: B batch, T stream length, H heads, D head width, S text slots, G blocks of G tokens each,
-I = G², N = B · H or fewer of these, L keys of the window before a block, W = S + L + G keys of a
-query.
+N = B · H, J blocks that a query sees, W = S + J · G keys of a query.
 """
 
 import math
@@ -22,9 +20,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SHARE_BYTES = 4 << 20  # of scores that are worked on at a time: they stay in the cache
-ALIGNMENT = 8  # numbers: a row of scores that starts unaligned is slower
-
 
 class Folding(NamedTuple):
     """How a mask folds into blocks."""
@@ -33,34 +28,35 @@ class Folding(NamedTuple):
     by_column: bool
     """Blocks are the grid's columns, not its rows."""
     bias: Tensor
-    """(G, G, L + G): 0 where a block's query sees a key, -inf elsewhere; the keys are the L before
-    the block, then its own."""
+    """(G, G, J · G): 0 where a block's query sees a key, -inf elsewhere; the keys are those of the
+    J - 1 blocks before it, nearest last, then its own."""
 
     @property
     def grid(self) -> int:
         return self.bias.shape[0]
 
     @property
-    def lead(self) -> int:
-        """L, the keys of the window before a block."""
-        return self.bias.shape[-1] - self.grid
+    def n_back(self) -> int:
+        """Blocks before its own that a query sees."""
+        return self.bias.shape[-1] // self.grid - 1
 
 
 def fold_mask(image_mask: Tensor, text_len: int, *, by_column: bool) -> Folding:
     """The folding of a causal mask, bool (grid², grid²), of queries and keys in raster order."""
     grid = math.isqrt(len(image_mask))
+    blocks = image_mask.view(grid, grid, grid, grid)  # query row, column, key row, column
     if by_column:
-        blocks = image_mask.view(grid, grid, grid, grid)  # query row, column, key row, column
-        image_mask = blocks.permute(1, 0, 3, 2).reshape(len(image_mask), -1)
-    query, key = image_mask.nonzero().unbind(1)
-    block, place = query // grid, query % grid
-    behind = block * grid - key  # of the first token of the query's block
-    if int(behind.min()) <= -grid:
+        blocks = blocks.permute(1, 0, 3, 2)
+    touched = blocks.any(3).any(1).nonzero()  # (query block, key block)
+    behind = touched[:, 0] - touched[:, 1]
+    if int(behind.min()) < 0:
         raise ValueError("image_mask must be causal from block to block, got one that is not")
-    lead = math.ceil(max(0, int(behind.max())) / ALIGNMENT) * ALIGNMENT
-    bias = torch.full((grid, grid, lead + grid), -math.inf)
-    bias[block, place, lead - behind] = 0.0
-    return Folding(text_len, by_column, bias)
+    n_back = int(behind.max())
+    bias = torch.full((grid, grid, n_back + 1, grid), -math.inf)
+    for back in range(n_back + 1):
+        for block in range(back, grid):
+            bias[block, :, n_back - back][blocks[block, :, block - back]] = 0.0
+    return Folding(text_len, by_column, bias.flatten(2))
 
 
 def folded_attention(qkv: Tensor, folding: Folding) -> Tensor:
@@ -76,21 +72,13 @@ class _FoldedAttention(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, folding: Folding) -> Tensor:
         with torch.autocast(qkv.device.type, enabled=False):
             text = qkv[..., : folding.text_len, :].flatten(1, 2).contiguous()
-            image = _to_image(qkv, folding)
-            q, k, v = _own(image, folding)[0], image[1], image[2]
-            for queries in (text[0], q):
-                queries *= qkv.shape[-1] ** -0.5
+            image = _to_blocks(qkv, folding)
+            for part in (text, image):
+                part[0] *= qkv.shape[-1] ** -0.5
             text_weights = _text_weights(text)
+            weights = _image_weights(text, image, folding)
             y_text = text_weights @ text[2]
-            weights = q.new_empty(*q.shape[:2], folding.text_len + folding.bias.shape[-1])
-            y_image = torch.empty_like(q)
-            for share in _shares(weights):
-                scores = _against_keys(
-                    q[share], text[1, share], _windows(k, share, folding), weights[share]
-                )
-                _blocks(scores, folding)[..., folding.text_len :].add_(folding.bias)
-                torch.softmax(scores, dim=-1, out=scores)
-                _mix(scores, text[2, share], _windows(v, share, folding), y_image[share])
+            y_image = _mix(weights, text[2], image[2], folding)
             ctx.save_for_backward(text, image, text_weights, weights)
             ctx.folding, ctx.shape = folding, qkv.shape
             return _to_stream(y_text[None], y_image[None], qkv.shape[1:], folding)[0]
@@ -101,10 +89,8 @@ class _FoldedAttention(torch.autograd.Function):
         text, image, text_weights, weights = ctx.saved_tensors
         folding: Folding = ctx.folding
         by_text = gradient[..., : folding.text_len, :].flatten(0, 1).contiguous()
-        by_image = _own(_to_image(gradient[None], folding), folding)[0]
-        q, k, v = _own(image, folding)[0], image[1], image[2]
+        by_image = _to_blocks(gradient[None], folding)[0]
         d_text, d_image = torch.empty_like(text), torch.empty_like(image)
-        d_own = _own(d_image, folding)
 
         scores = torch._softmax_backward_data(
             by_text @ text[2].mT, text_weights, -1, text_weights.dtype
@@ -113,49 +99,27 @@ class _FoldedAttention(torch.autograd.Function):
         torch.bmm(scores.mT, text[0], out=d_text[1])
         torch.bmm(text_weights.mT, by_text, out=d_text[2])
 
-        shares = _shares(weights)
-        room = torch.empty_like(weights[shares[0]])
-        for share in shares:
-            known = weights[share]
-            scores = _against_keys(
-                by_image[share], text[2, share], _windows(v, share, folding), room[: len(known)]
-            )
-            torch._softmax_backward_data(scores, known, -1, known.dtype, grad_input=scores)
-            _mix(scores, text[1, share], _windows(k, share, folding), d_own[0, share])
-            _spread(scores, q[share], d_text[1, share], d_image[1], share, folding)
-            _spread(known, by_image[share], d_text[2, share], d_image[2], share, folding)
-        for queries in (d_text[0], d_own[0]):
-            queries *= gradient.shape[-1] ** -0.5  # those in `text` and `image` are scaled
-        return _to_stream(d_text, d_own, ctx.shape[1:], folding), None
+        scores = _against_keys(by_image, text[2], image[2], folding)
+        torch._softmax_backward_data(scores, weights, -1, weights.dtype, grad_input=scores)
+        d_image[0] = _mix(scores, text[1], image[1], folding)
+        _spread(scores, image[0], d_text[1], d_image[1], folding)
+        _spread(weights, by_image, d_text[2], d_image[2], folding)
+        for part in (d_text, d_image):
+            part[0] *= gradient.shape[-1] ** -0.5  # the queries in `text` and `image` are scaled
+        return _to_stream(d_text, d_image, ctx.shape[1:], folding), None
 
 
-def _shares(weights: Tensor) -> list[slice]:  # (N, I, W)
-    """Heads that are worked on together."""
-    per_head = weights.shape[1] * weights.shape[2] * weights.element_size()
-    share = max(1, SHARE_BYTES // per_head)
-    heads = len(weights)
-    return [slice(first, min(first + share, heads)) for first in range(0, heads, share)]
-
-
-def _to_image(x: Tensor, folding: Folding) -> Tensor:  # (n, B, H, T, D) -> (n, L + N · I, D)
-    """Blocks in a row, head after head, behind L zeros."""
+def _to_blocks(x: Tensor, folding: Folding) -> Tensor:  # (n, B, H, T, D) -> (n, N · G, G, D)
     grid = folding.grid
-    blocks = x[..., folding.text_len :, :].unflatten(-2, (grid, grid))
+    image = x[..., folding.text_len :, :].unflatten(-2, (grid, grid))
     if folding.by_column:
-        blocks = blocks.transpose(-3, -2)
-    image = x.new_empty(len(x), folding.lead + blocks[0, ..., 0].numel(), x.shape[-1])
-    image[:, : folding.lead] = 0.0
-    image[:, folding.lead :].view(blocks.shape).copy_(blocks)
-    return image
-
-
-def _own(image: Tensor, folding: Folding) -> Tensor:  # (n, L + N · I, D) -> (n, N, I, D)
-    return image[:, folding.lead :].unflatten(1, (-1, folding.grid**2))
+        image = image.transpose(-3, -2)
+    return image.contiguous().view(len(x), -1, grid, x.shape[-1])
 
 
 def _to_stream(
     text: Tensor, image: Tensor, shape: tuple[int, ...], folding: Folding
-) -> Tensor:  # (n, N, S, D), (n, N, I, D) -> (n, B, H, T, D)
+) -> Tensor:  # (n, N, S, D), (n, N · G, G, D) -> (n, B, H, T, D)
     """Stored as (B, T, n, H, D), so that the heads side by side are a view."""
     batch, heads, length, width = shape
     stream = text.new_empty(batch, length, len(text), heads, width).permute(2, 0, 3, 1, 4)
@@ -173,64 +137,56 @@ def _text_weights(text: Tensor) -> Tensor:  # (3, N, S, D) -> (N, S, S)
     return torch.softmax((text[0] @ text[1].mT).add_(hidden), dim=-1)
 
 
-def _windows(image: Tensor, share: slice, folding: Folding) -> Tensor:
-    """(L + all heads' I, D) -> (N · G, L + G, D), a view: the windows of a share's blocks.
+def _image_weights(text: Tensor, image: Tensor, folding: Folding) -> Tensor:
+    """(3, N, S, D), (3, N · G, G, D) -> (N · G, G, W): the text keys' weights, then the blocks'."""
+    scores = _against_keys(image[0], text[1], image[1], folding)
+    per_head = scores.view(text.shape[1], folding.grid, folding.grid, -1)
+    per_head[..., folding.text_len :].add_(folding.bias)
+    return torch.softmax(scores, dim=-1, out=scores)
 
-    At a head's first blocks a window begins in another head, or in the zeros, which the bias hides.
+
+def _against_keys(q: Tensor, text_k: Tensor, image_k: Tensor, folding: Folding) -> Tensor:
+    """Products (N · G, G, W) of blocks (N · G, G, D) with text (N, S, D) and blocks' keys.
+
+    The block `back` before another is that many before it in a row of all heads' blocks. At a
+    head's first blocks it is another head's, which the bias hides; before the very first there is
+    none.
     """
-    return _strided(image, share, folding, start=0, length=folding.bias.shape[-1])
-
-
-def _strided(image: Tensor, share: slice, folding: Folding, *, start: int, length: int) -> Tensor:
-    """Of the window of every block, `length` tokens from `start` on."""
-    grid, width = folding.grid, image.shape[-1]
-    first = share.start * grid**2 + start
-    return image.as_strided(
-        ((share.stop - share.start) * grid, length, width),
-        (grid * width, width, 1),
-        image.storage_offset() + first * width,
-    )
-
-
-def _blocks(x: Tensor, folding: Folding) -> Tensor:  # (N, I, …) -> (N, G, G, …)
-    return x.unflatten(1, (folding.grid, folding.grid))
-
-
-def _per_block(x: Tensor, windows: Tensor) -> Tensor:  # (N, I, …) -> (N · G, G, …)
-    return x.view(len(windows), -1, x.shape[-1])
-
-
-def _against_keys(q: Tensor, text_k: Tensor, windows: Tensor, out: Tensor) -> Tensor:
-    """Products (N, I, W) of (N, I, D) with text (N, S, D) and windows."""
-    text_len = text_k.shape[1]
-    torch.bmm(q, text_k.mT, out=out[..., :text_len])
-    scores = _per_block(out, windows)[..., text_len:]
-    torch.bmm(_per_block(q, windows), windows.mT, out=scores)
+    n_blocks, grid, width = q.shape
+    out = q.new_empty(n_blocks, grid, folding.text_len + folding.bias.shape[-1])
+    by_head = out.view(len(text_k), -1, out.shape[-1])
+    torch.bmm(q.view(len(text_k), -1, width), text_k.mT, out=by_head[..., : folding.text_len])
+    for back in range(folding.n_back + 1):
+        keys = _keys_of(back, folding)
+        out[:back, :, keys] = 0.0
+        out[back:, :, keys] = q[back:] @ image_k[: n_blocks - back].mT
     return out
 
 
-def _mix(weights: Tensor, text_v: Tensor, windows: Tensor, out: Tensor) -> None:
-    """Sums (N, I, D) of values by weights (N, I, W)."""
-    text_len = text_v.shape[1]
-    torch.bmm(weights[..., :text_len], text_v, out=out)
-    _per_block(out, windows).baddbmm_(_per_block(weights, windows)[..., text_len:], windows)
+def _mix(weights: Tensor, text_v: Tensor, image_v: Tensor, folding: Folding) -> Tensor:
+    """Sums (N · G, G, D) of values by weights (N · G, G, W)."""
+    n_blocks, grid, _ = weights.shape
+    by_head = weights.view(len(text_v), -1, weights.shape[-1])
+    out = (by_head[..., : folding.text_len] @ text_v).view(n_blocks, grid, -1)
+    for back in range(folding.n_back + 1):
+        out[back:].baddbmm_(weights[back:, :, _keys_of(back, folding)], image_v[: n_blocks - back])
+    return out
 
 
-def _spread(
-    weights: Tensor, q: Tensor, text_k: Tensor, image_k: Tensor, share: slice, folding: Folding
-) -> None:
-    """The transpose of `_mix`: (N, I, D) by weights (N, I, W) to the keys.
+def _spread(weights: Tensor, q: Tensor, text_k: Tensor, image_k: Tensor, folding: Folding) -> None:
+    """The transpose of `_mix`: blocks (N · G, G, D) by weights to the keys.
 
-    Adds to what `text_k` (N, S, D) holds. `image_k` (L + all heads' I, D) is overwritten where it
-    is the share's own, and added to before that. Windows overlap, so it goes block by block.
+    Adds to what `text_k` (N, S, D) holds, and overwrites `image_k` (N · G, G, D).
     """
-    text_k.baddbmm_(weights[..., : folding.text_len].mT, q)
-    queries = q.view(-1, folding.grid, q.shape[-1])
-    local = _per_block(weights, queries)[..., folding.text_len :]
-    end = folding.bias.shape[-1]
-    while end > 0:
-        start = max(0, end - folding.grid)
-        keys = _strided(image_k, share, folding, start=start, length=end - start)
-        is_own = start == folding.lead
-        keys.baddbmm_(local[..., start:end].mT, queries, beta=0.0 if is_own else 1.0)
-        end = start
+    n_blocks, _, width = q.shape
+    by_head = weights.view(len(text_k), -1, weights.shape[-1])
+    text_k.baddbmm_(by_head[..., : folding.text_len].mT, q.view(len(text_k), -1, width))
+    torch.bmm(weights[:, :, _keys_of(0, folding)].mT, q, out=image_k)
+    for back in range(1, folding.n_back + 1):
+        image_k[: n_blocks - back].baddbmm_(weights[back:, :, _keys_of(back, folding)].mT, q[back:])
+
+
+def _keys_of(back: int, folding: Folding) -> slice:
+    """Where among the W keys those of the block `back` before the query's are."""
+    start = folding.text_len + (folding.n_back - back) * folding.grid
+    return slice(start, start + folding.grid)
