@@ -1,7 +1,7 @@
 """Running a data stage on Ray: one task per pending shard, committed where it was made."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
@@ -11,7 +11,8 @@ from typing import Any
 from jobs import runtime
 from jobs.configs.job import Job
 from jobs.progress import Progress
-from pipelines.data import garbage, plan
+from pipelines.data import bad_files, garbage, plan
+from pipelines.data.bad_files import BadFile
 from pipelines.data.stage import DatasetWriter, Manifest
 from pipelines.data.storage import Location
 from pipelines.data.travelling import commit_one
@@ -63,6 +64,8 @@ def run_stage(
         if writer.finished():
             runtime.nothing_to_do(job.output)
             manifest = Manifest.load(job.output, stage=writer.stage)
+            if not writer.place.is_s3:
+                tracking.catch_up(writer.place.path, runtime.tracking_uri())
             if not (writer.place / REPORT).exists():
                 with _run_directory(writer.place) as directory:
                     _write_report(directory, manifest)
@@ -79,6 +82,14 @@ def run_stage(
         "output": job.output,
         **figures,
     }
+
+
+def say_left_out(quarantined: Sequence[BadFile]) -> dict[str, int]:
+    """Print which input files were left out; what the summary says of them."""
+    if not quarantined:
+        return {}
+    print("\n".join(bad_files.in_words(quarantined)), flush=True)
+    return {bad_files.QUARANTINED: len(quarantined)}
 
 
 def fitting_cpus(stage: str, asked: float) -> float:
