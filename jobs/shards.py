@@ -176,7 +176,7 @@ def commit_each(
 ) -> dict[str, float]:
     """Have workers commit the pending shards, a task each, and show how far they are.
 
-    Plain tasks: Ray Data would add 1.3 s of imports to the driver and to each worker, and actors of
+    Plain tasks: Ray Data would add 0.7 s of imports to the driver and to each worker, and actors of
     its own. What a worker raises is raised here; a worker that dies is started again.
     """
     import ray
