@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs import runtime, shards
 from jobs.configs.download_pairs import PRESETS, DownloadPairsJob
-from pipelines.data import estimates
+from pipelines.data import bad_files, estimates
 from pipelines.data.causes import has_cause, parse_causes
 from pipelines.data.download import STAGE, commit_download, commit_retry, download_shard
 from pipelines.data.stage import DatasetWriter, Manifest
@@ -18,8 +18,6 @@ from pipelines.data.storage import Location
 from pipelines.data.travelling import pack
 from pipelines.data.url_formats import UrlColumns
 from pipelines.data.urls import UrlList, read_url_list
-
-QUARANTINED = "quarantined"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +42,7 @@ def describe(job: DownloadPairsJob) -> list[str]:
         f"fetch {urls.table.num_rows:,} pairs of {job.urls} ({urls.digest[:12]})",
         f"in {len(urls.shard_ids):,} shards, of which {pending:,} are missing",
         f"write {job.output}",
-        *_left_out(urls),
+        *bad_files.in_words(urls.quarantined),
         *_expected(job, urls),
     ]
 
@@ -77,15 +75,7 @@ def download(job: DownloadPairsJob) -> dict[str, Any]:
         parents={},
         row_of=lambda shard: {"rows": pack(urls.shard(shard))},
     )
-    if not urls.quarantined:
-        return done
-    print("\n".join(_left_out(urls)), flush=True)
-    return done | {"quarantined": len(urls.quarantined)}
-
-
-def _left_out(urls: UrlList) -> list[str]:
-    """What must be known of files that are in no count."""
-    return [f"left out, its pairs are in no count: {error}" for error in urls.quarantined]
+    return done | shards.say_left_out(urls.quarantined)
 
 
 def _retry(job: DownloadPairsJob, retry_of: Location) -> dict[str, Any]:
@@ -109,11 +99,10 @@ def _read_list(job: DownloadPairsJob) -> UrlList:
 
 
 def _writer(job: DownloadPairsJob, urls: UrlList) -> DatasetWriter:
-    left_out = [{"file": bad.file.name, "fault": bad.fault} for bad in urls.quarantined]
     return DatasetWriter(
         path=job.output.resolve(),
         stage=STAGE,
-        config=job.download.identity() | ({QUARANTINED: left_out} if left_out else {}),
+        config=job.download.identity() | bad_files.in_settings(urls.quarantined),
         inputs={"urls": urls.digest},
         sources={"urls": str(job.urls.resolve())},
         shards=urls.shard_ids,
@@ -129,8 +118,8 @@ def _retry_writer(job: DownloadPairsJob, old: Manifest) -> DatasetWriter:
         )
     # Its shards are the old ones, whatever rows_per_shard this preset has.
     settings["rows_per_shard"] = old.config["rows_per_shard"]
-    if QUARANTINED in old.config:  # what the old one lacks, this one lacks too
-        settings[QUARANTINED] = old.config[QUARANTINED]
+    if bad_files.QUARANTINED in old.config:  # what the old one lacks, this one lacks too
+        settings[bad_files.QUARANTINED] = old.config[bad_files.QUARANTINED]
     return DatasetWriter(
         path=job.output.resolve(),
         stage=STAGE,

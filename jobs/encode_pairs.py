@@ -64,7 +64,10 @@ def encode(job: EncodePairsJob) -> dict[str, Any]:
         "dvae": job.dvae.parent,
         "tokenizer": job.tokenizer.parent,
     }
-    return shards.run_stage(job, plan.writer, partial(encode_shards, job, plan), parents=parents)
+    work = partial(encode_shards, job, plan)
+    return shards.run_stage(
+        job, plan.writer, work, parents=parents, least_cpus=runtime.FOR_EVERY_JOB
+    )
 
 
 def _plan(job: EncodePairsJob) -> EncodingPlan:

@@ -5,15 +5,15 @@ Data does not send again what was delivered; a driver that dies ends the run any
 shards that are not committed yet. It has 2 kB a row to handle.
 """
 
+import logging
 import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from jobs import shards
 from jobs.configs.encode_pairs import EncodePairsJob
 from jobs.progress import Progress
 from pipelines.data.block_encoder import BlockEncoder
@@ -126,10 +126,30 @@ def encode_shards(job: EncodePairsJob, plan: EncodingPlan, pending: list[str]) -
         shards=len(pending),
         blocks=plan.blocks(pending),
     )
+    _quiet_ray_data()
     with _bounded_memory(plan, actors):
         blocks = _pipeline(plan, actors, pending)
     batches = blocks.iter_batches(batch_size=None, batch_format="pyarrow")
     return _commit_all(plan, pending, batches)
+
+
+def _one_block_each(rows: list[dict[str, Any]]) -> "Dataset":
+    """A dataset whose rows are worked on apart.
+
+    Ray Data would pack small rows into one block, and run them in one task.
+    """
+    import ray.data
+
+    return ray.data.from_items(rows, override_num_blocks=len(rows))
+
+
+def _quiet_ray_data() -> None:
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False  # ours suits logs too
+    # It tells of every start and end, and warns that its bars are off.
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
 
 
 def _pipeline(plan: EncodingPlan, actors: Actors, pending: list[str]) -> "Dataset":
@@ -141,7 +161,7 @@ def _pipeline(plan: EncodingPlan, actors: Actors, pending: list[str]) -> "Datase
     threads = max(1, (os.cpu_count() or 1) // actors.encoders)
     sha256 = plan.writer.inputs["dvae"]
     return (
-        shards.one_block_each(plan.files(pending))
+        _one_block_each(plan.files(pending))
         .map_batches(
             ShardDecoder,
             batch_size=1,

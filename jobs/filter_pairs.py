@@ -51,11 +51,13 @@ def _expected(job: FilterPairsJob, raw: Manifest) -> list[str]:
         lambda rows: judge_shard(rows, job.filter),
     )
     said = estimates.lines(found, shards=len(raw.shards), measured="as measured here just now")
-    return [*said, "  duplicates, which only the whole shows, are not counted"]
+    judge = ", nor what the nsfw scorer would drop" if job.nsfw.scorer else ""
+    return [*said, f"  duplicates, which only the whole shows, are not counted{judge}"]
 
 
 def filter_pairs(job: FilterPairsJob) -> dict[str, Any]:
     """Filter what is missing."""
+    job.nsfw.load()  # a name that is wrong is said before anything is written
     raw = _raw(job)
     evaluation = read_evaluation(job.overlap.pictures)
     writer = _writer(job, raw, evaluation)
@@ -98,13 +100,20 @@ def _fingerprints(job: FilterPairsJob, raw: Manifest) -> Manifest:
     writer = DatasetWriter(
         path=job.output.resolve() / FINGERPRINTS_DIRECTORY,
         stage=FINGERPRINTS_STAGE,
-        config=asdict(job.filter) | {"look": job.looks},
+        config=asdict(job.filter) | {"look": job.looks} | job.judged,
         inputs={"raw": raw.digest},
         sources={"raw": str(raw.path)},
         shards=[part.shard for part in raw.shards],
     )
     writer.claim()
-    commit = partial(commit_fingerprints, raw=raw, writer=writer, config=job.filter, look=job.looks)
+    commit = partial(
+        commit_fingerprints,
+        raw=raw,
+        writer=writer,
+        config=job.filter,
+        look=job.looks,
+        nsfw=job.nsfw,
+    )
     if pending := writer.pending():
         shards.commit_each(writer, commit, pending, cpus=job.cpus_per_shard)
     return writer.seal()
@@ -117,7 +126,7 @@ def _writer(job: FilterPairsJob, raw: Manifest, evaluation: Evaluation) -> Datas
         # Which pictures, their digest says; not where they are.
         "overlap": {"remove": job.overlap.remove, "max_distance": job.overlap.max_distance},
         "validation_fraction": job.validation_fraction,
-    }
+    } | job.judged
     found = {"evaluation": evaluation.digest} if evaluation.digest else {}
     return DatasetWriter(
         path=job.output.resolve(),

@@ -8,7 +8,8 @@ from typing import Any
 
 from jobs import runtime, shards
 from jobs.configs.import_pairs import PRESETS, ImportPairsJob
-from pipelines.data.importing import STAGE, commit_imported, digest, shard_names
+from pipelines.data import bad_files
+from pipelines.data.importing import STAGE, commit_imported, digest, sound_shards
 from pipelines.data.stage import DatasetWriter
 
 
@@ -18,25 +19,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def describe(job: ImportPairsJob) -> list[str]:
     """The lines below the config of a dry run."""
+    names, left_out = sound_shards(job.images, job.importing, job.on_bad_file)
     return [
-        f"import {len(shard_names(job.images)):,} shards of {job.images}",
+        f"import {len(names):,} shards of {job.images}",
         f"write {job.output}",
+        *bad_files.in_words(left_out),
     ]
 
 
 def import_pairs(job: ImportPairsJob) -> dict[str, Any]:
     """Import what is missing."""
     folder = job.images.resolve()
+    names, left_out = sound_shards(folder, job.importing, job.on_bad_file)
     writer = DatasetWriter(
         path=job.output.resolve(),
         stage=STAGE,
-        config=asdict(job.importing),
-        inputs={"images": digest(folder)},
+        config=asdict(job.importing) | bad_files.in_settings(left_out),
+        inputs={"images": digest(folder, names)},
         sources={"images": str(folder)},
-        shards=shard_names(folder),
+        shards=names,
     )
     commit = partial(commit_imported, folder=folder, writer=writer, config=job.importing)
-    return shards.run_data_stage(job, writer, commit, cpus=job.cpus_per_shard, parents={})
+    done = shards.run_data_stage(job, writer, commit, cpus=job.cpus_per_shard, parents={})
+    return done | shards.say_left_out(left_out)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ QUIET_ENVIRONMENT = {
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a limit of the process
 STOPPED = 75  # sysexits.h: try again later
+FOR_EVERY_JOB = 4  # logical processors
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
 
 # State of this process: whether it started Ray, and whether jobs share it.
@@ -146,17 +147,17 @@ def set_environment() -> None:
 
 
 @contextmanager
-def ray_session(num_cpus: int = 4) -> Iterator[None]:
+def ray_session(num_cpus: int = FOR_EVERY_JOB) -> Iterator[None]:
     """Use the Ray that runs (this process's, or RAY_ADDRESS's), else a private one on this machine.
 
-    `num_cpus` counts the logical processors of the private one: a pipeline's stages hold one each,
-    and with fewer than four of them a two-worker training or a streaming read can wait for itself
-    for ever.
+    `num_cpus` is the least number of logical processors of the private one: a pipeline's stages
+    hold one each, and with fewer than four of them a two-worker training or a streaming read can
+    wait for itself for ever. Jobs that share one get four.
     """
     import ray
 
     if not ray.is_initialized():
-        _start_ray(num_cpus)
+        _start_ray(max(num_cpus, FOR_EVERY_JOB) if _sharing else num_cpus)
         _ray_is_ours.append(True)
     elif not _ray_is_ours:  # a test's, say: its owner ends it
         yield

@@ -1,32 +1,30 @@
-"""Running a data stage on Ray Data: one row per pending shard, committed where it was made."""
+"""Running a data stage on Ray: one task per pending shard, committed where it was made."""
 
-import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jobs import runtime
 from jobs.configs.job import Job
 from jobs.progress import Progress
-from pipelines.data import garbage, plan
-from pipelines.data.collapse import NetworkCollapsed
-from pipelines.data.report import lineage, write_report
+from pipelines.data import bad_files, garbage, plan
+from pipelines.data.bad_files import BadFile
 from pipelines.data.stage import DatasetWriter, Manifest
 from pipelines.data.storage import Location
+from pipelines.data.travelling import commit_one
 from pipelines.training import mlflow_run, tracking
 from pipelines.training.run_directory import run_tags
 
-if TYPE_CHECKING:
-    from ray.data import Dataset
-
 REPORT = "report.html"
+TASKS_PER_PLACE = 2  # one at work, one on its way
 
 # What a worker is given besides a shard's name, by shard.
 RowOf = Callable[[str], Mapping[str, Any]]
-# Makes and commits the shard that a row names; the row may say `collapsed`: that the network died.
+# Makes and commits the shard that a row names.
 Commit = Callable[[dict[str, Any]], dict[str, Any]]
 # Commits the pending shards and gives figures for the summary and MLflow.
 Work = Callable[[list[str]], Mapping[str, float]]
@@ -47,11 +45,18 @@ def run_data_stage(
 
 
 def run_stage(
-    job: Job, writer: DatasetWriter, work: Work, *, parents: Mapping[str, Path | Location]
+    job: Job,
+    writer: DatasetWriter,
+    work: Work,
+    *,
+    parents: Mapping[str, Path | Location],
+    least_cpus: int = 1,
 ) -> dict[str, Any]:
     """Do what is missing of a dataset and give its summary; no Ray is started if nothing is.
 
-    `parents` are the outputs that this one is made of, by input name.
+    `parents` are the outputs that this one is made of, by input name. A Ray of its own has
+    `least_cpus` logical processors at least: a stage of actors that wait for each other needs more
+    than a small machine has, tasks need no more than there are.
     """
     figures: Mapping[str, float] = {}
     with plan.lease(job.output):
@@ -59,12 +64,14 @@ def run_stage(
         if writer.finished():
             runtime.nothing_to_do(job.output)
             manifest = Manifest.load(job.output, stage=writer.stage)
+            if not writer.place.is_s3:
+                tracking.catch_up(writer.place.path, runtime.tracking_uri())
             if not (writer.place / REPORT).exists():
                 with _run_directory(writer.place) as directory:
-                    write_report(directory / REPORT, lineage(manifest))
+                    _write_report(directory, manifest)
         else:
             with _run_directory(writer.place) as directory:
-                manifest, figures = _run(job, writer, work, parents, directory)
+                manifest, figures = _run(job, writer, work, parents, directory, least_cpus)
         garbage.collect(writer.place)  # also of a driver that died after its last shard
     return {
         "stage": manifest.stage,
@@ -77,14 +84,12 @@ def run_stage(
     }
 
 
-def one_block_each(rows: list[dict[str, Any]]) -> "Dataset":
-    """A dataset whose rows are worked on apart.
-
-    Ray Data would pack small rows into one block, and run them in one task.
-    """
-    import ray.data
-
-    return ray.data.from_items(rows, override_num_blocks=len(rows))
+def say_left_out(quarantined: Sequence[BadFile]) -> dict[str, int]:
+    """Print which input files were left out; what the summary says of them."""
+    if not quarantined:
+        return {}
+    print("\n".join(bad_files.in_words(quarantined)), flush=True)
+    return {bad_files.QUARANTINED: len(quarantined)}
 
 
 def fitting_cpus(stage: str, asked: float) -> float:
@@ -109,6 +114,7 @@ def _run(
     work: Work,
     parents: Mapping[str, Path | Location],
     directory: Path,
+    least_cpus: int,
 ) -> tuple[Manifest, Mapping[str, float]]:
     with tracking.open_run(
         job.tracking,
@@ -118,19 +124,26 @@ def _run(
         directory=directory,
         uri=runtime.tracking_uri(),
     ) as tracker:
-        figures: Mapping[str, float] = {}
-        if pending := writer.pending():
-            with runtime.ray_session():
-                _quiet_ray_data()
+        with ExitStack() as session:
+            figures: Mapping[str, float] = {}
+            if pending := writer.pending():
+                session.enter_context(runtime.ray_session(least_cpus))
                 figures = work(pending)
-        manifest = writer.seal()
-        counts = {"rows_in": manifest.rows_in, "rows_out": manifest.rows_out}
-        drops = {f"dropped.{reason}": count for reason, count in manifest.dropped.items()}
-        tracker.log_metrics({**counts, **drops, **figures}, step=0)
-        tracker.set_tags({"manifest_digest": manifest.digest})
-        write_report(directory / REPORT, lineage(manifest))
-        tracker.log_file(directory / REPORT)
+            # While Ray stands, so that MLflow is told while Ray takes its second to end.
+            manifest = writer.seal()
+            counts = {"rows_in": manifest.rows_in, "rows_out": manifest.rows_out}
+            drops = {f"dropped.{reason}": count for reason, count in manifest.dropped.items()}
+            tracker.log_metrics({**counts, **drops, **figures}, step=0)
+            tracker.set_tags({"manifest_digest": manifest.digest})
+            _write_report(directory, manifest)
+            tracker.log_file(directory / REPORT)
         return manifest, figures
+
+
+def _write_report(directory: Path, manifest: Manifest) -> None:
+    from pipelines.data.report import lineage, write_report  # 0.3 s, which no worker waits for
+
+    write_report(directory / REPORT, lineage(manifest))
 
 
 @contextmanager
@@ -161,22 +174,40 @@ def commit_each(
     cpus: float,
     row_of: RowOf = lambda _: {},
 ) -> dict[str, float]:
-    """Have workers commit the pending shards, a task each, and show how far they are."""
-    rows = [{"shard": shard, **row_of(shard)} for shard in pending]
-    done = one_block_each(rows).map(commit, num_cpus=fitting_cpus(writer.stage, cpus))
+    """Have workers commit the pending shards, a task each, and show how far they are.
+
+    Plain tasks: Ray Data would add 0.7 s of imports to the driver and to each worker, and actors of
+    its own. What a worker raises is raised here; a worker that dies is started again.
+    """
+    import ray
+
+    cpus = fitting_cpus(writer.stage, cpus)
+    task = ray.remote(commit_one).options(
+        num_cpus=cpus, max_retries=-1, scheduling_strategy="SPREAD"
+    )
+    shared = ray.put(commit)
+    left = iter(pending)
+    under_way: list[Any] = []
     with Progress(writer.stage, len(writer.shards), "shards") as progress:
         progress.set(len(writer.shards) - len(pending))
-        for row in done.iter_rows():
-            if row.get("collapsed"):
-                raise NetworkCollapsed(row["collapsed"])
-            progress.advance()
-    return {}
+        try:
+            while True:
+                # The rows of those that wait stay here: the list may be longer than memory.
+                room = _places(cpus) * TASKS_PER_PLACE - len(under_way)
+                for shard in islice(left, room):
+                    under_way.append(task.remote(shared, {"shard": shard, **row_of(shard)}))
+                if not under_way:
+                    return {}
+                ready, under_way = ray.wait(under_way)
+                ray.get(ready)
+                progress.advance(len(ready))
+        finally:
+            for ref in under_way:
+                ray.cancel(ref)
 
 
-def _quiet_ray_data() -> None:
-    import ray.data
+def _places(cpus: float) -> int:
+    """Tasks that the cluster can work on at once, as large as it is now."""
+    import ray
 
-    ray.data.DataContext.get_current().enable_progress_bars = False  # ours suits logs too
-    # It tells of every start and end, and warns that its bars are off.
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    return max(1, int(ray.cluster_resources().get("CPU", 0.0) / cpus))

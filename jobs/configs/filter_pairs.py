@@ -1,8 +1,10 @@
 """What jobs.filter_pairs can be told."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from jobs.configs.job import DatasetPath, Job
+from pipelines.data.nsfw import NsfwConfig
 from pipelines.data.overlap import OverlapConfig
 from pipelines.data.picture_groups import NearDuplicatesConfig
 from pipelines.data.row_rules import RowRulesConfig
@@ -21,6 +23,7 @@ class FilterPairsJob(Job):
     filter: RowRulesConfig = field(default_factory=RowRulesConfig)
     near_duplicates: NearDuplicatesConfig = field(default_factory=NearDuplicatesConfig)
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
+    nsfw: NsfwConfig = field(default_factory=NsfwConfig)
     validation_fraction: float = PAPER_FRACTION
     """Part of the pictures that no training reads; 606,000 of 250 million in the paper."""
     cpus_per_shard: float = 1.0
@@ -37,7 +40,13 @@ class FilterPairsJob(Job):
     @property
     def looks(self) -> bool:
         """Whether pictures are decoded."""
-        return self.near_duplicates.action != "off" or bool(self.overlap.pictures)
+        looked_for = self.overlap.pictures or self.nsfw.scorer
+        return self.near_duplicates.action != "off" or bool(looked_for)
+
+    @property
+    def judged(self) -> dict[str, Any]:
+        """What the datasets' settings say of the judge of pictures; nothing if there is none."""
+        return {"nsfw": asdict(self.nsfw)} if self.nsfw.scorer else {}
 
 
 PRESETS = {

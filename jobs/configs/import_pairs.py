@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jobs.configs.job import DatasetPath, Job
+from pipelines.data.bad_files import OnBadFile
 from pipelines.data.importing import ImportConfig
 from pipelines.data.resize import ResizeConfig
 from pipelines.data.storage import Location
@@ -15,6 +16,9 @@ class ImportPairsJob(Job):
 
     images: Path = Path("runs/paper/img2dataset")
     """img2dataset's output directory: its tars with their Parquet files, or its Parquet files."""
+    on_bad_file: OnBadFile = "fail"
+    """A file that is cut off, damaged or without the columns: end, or leave its shard out and say
+    so in the dataset, its report and the summary; that reads every file once more."""
     output: DatasetPath = Location("runs/paper/raw")
     """Dataset directory to make; run the same line again to go on where it stopped."""
     importing: ImportConfig = field(default_factory=ImportConfig)

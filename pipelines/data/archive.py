@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from pipelines.data.bad_files import BadFile
+
 BLOCK = 512
 MAX_EXTENDED_HEADER = 1 << 16
 # What an extended header may not change, because we would have to follow it: where a member goes,
@@ -35,7 +37,7 @@ class ArchiveLimits:
 
 
 def read_members(path: Path, limits: ArchiveLimits) -> Iterator[tuple[str, bytes]]:
-    """Names and contents, one member in memory at a time; raises ValueError as said above."""
+    """Names and contents, one member in memory at a time; raises BadFile as said above."""
     with path.open("rb") as file:
         seen: set[str] = set()
         while (info := _next_header(file, path)) is not None:
@@ -44,46 +46,47 @@ def read_members(path: Path, limits: ArchiveLimits) -> Iterator[tuple[str, bytes
                 continue
             _check(info, path, limits)
             if info.name in seen:
-                raise ValueError(f"{path} must have each member once, got {info.name!r} twice")
+                raise BadFile(path, f"must have each member once, got {info.name!r} twice")
             seen.add(info.name)
             if len(seen) > limits.max_members:
-                raise ValueError(f"{path} must have at most {limits.max_members:,} members")
+                raise BadFile(path, f"must have at most {limits.max_members:,} members")
             yield info.name, _read(file, info, path)
 
 
 def _next_header(file: BinaryIO, path: Path) -> tarfile.TarInfo | None:
     at, block = file.tell(), file.read(BLOCK)
     if len(block) < BLOCK:
-        raise ValueError(f"{path} must be a whole tar, but it is cut off at byte {at}")
+        raise BadFile(path, f"must be a whole tar, but it is cut off at byte {at}")
     if not block.strip(b"\0"):
         return None
     try:
         return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        raise ValueError(f"{path} must be an uncompressed tar; at byte {at}: {error}") from error
+        raise BadFile(path, f"must be an uncompressed tar; at byte {at}: {error}") from error
 
 
 def _check_extended(file: BinaryIO, info: tarfile.TarInfo, path: Path) -> None:
     if not 0 <= info.size <= MAX_EXTENDED_HEADER:
-        raise ValueError(f"{path} has an extended header of {info.size:,} bytes")
+        raise BadFile(path, f"has an extended header of {info.size:,} bytes")
     records = _read(file, info, path)
     for record in FORBIDDEN_RECORDS:
         if record in records:
-            raise ValueError(f"{path} has an extended header that sets {record.decode()[1:]!r}")
+            raise BadFile(path, f"has an extended header that sets {record.decode()[1:]!r}")
 
 
 def _check(info: tarfile.TarInfo, path: Path, limits: ArchiveLimits) -> None:
     if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-        raise ValueError(
-            f"{path} must hold plain files only, but {info.name!r} is of type {info.type!r}"
+        raise BadFile(
+            path, f"must hold plain files only, but {info.name!r} is of type {info.type!r}"
         )
     name = PurePosixPath(info.name)
     if name.is_absolute() or ".." in name.parts or "\\" in info.name or not info.name:
-        raise ValueError(f"{path} must have names within itself, got {info.name!r}")
+        raise BadFile(path, f"must have names within itself, got {info.name!r}")
     if not 0 <= info.size <= limits.max_member_bytes:
-        raise ValueError(
-            f"{path} must have members of at most {limits.max_member_bytes:,} bytes, "
-            f"but {info.name!r} has {info.size:,}"
+        raise BadFile(
+            path,
+            f"must have members of at most {limits.max_member_bytes:,} bytes, "
+            f"but {info.name!r} has {info.size:,}",
         )
 
 
@@ -91,5 +94,5 @@ def _read(file: BinaryIO, info: tarfile.TarInfo, path: Path) -> bytes:
     padded = -(-info.size // BLOCK) * BLOCK
     content = file.read(padded)
     if len(content) < padded:
-        raise ValueError(f"{path} must be a whole tar, but it is cut off in {info.name!r}")
+        raise BadFile(path, f"must be a whole tar, but it is cut off in {info.name!r}")
     return content[: info.size]

@@ -7,7 +7,7 @@ which nothing may be concluded about a file.
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from pipelines.data.storage import Location
 
 OnBadFile = Literal["fail", "quarantine"]
+QUARANTINED = "quarantined"  # where a dataset's settings name the files that were left out
 MAGIC = b"PAR1"
 ENDS = 4 + len(MAGIC)  # the footer's length and the magic number, at the end of each Parquet file
 
@@ -24,7 +25,21 @@ class BadFile(ValueError):
 
     def __init__(self, file: Path | Location, fault: str, said: object = "") -> None:
         super().__init__(f"{file} {fault}{f': {said}' if said else ''}")
-        self.file, self.fault = Location(file), fault
+        self.file, self.fault, self.said = Location(file), fault, str(said)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.file, self.fault, self.said)  # workers raise it too
+
+
+def in_settings(left_out: Sequence[BadFile]) -> dict[str, Any]:
+    """What the settings of a dataset that was made without these files say."""
+    files = [{"file": bad.file.name, "fault": bad.fault} for bad in left_out]
+    return {QUARANTINED: files} if files else {}
+
+
+def in_words(left_out: Sequence[BadFile]) -> list[str]:
+    """What must be known of files that are in no count."""
+    return [f"left out, its pairs are in no count: {error}" for error in left_out]
 
 
 def read_parquet_list(path: Path, file: Location, columns: Sequence[str]) -> pa.Table:

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from pipelines.data import killable
 from pipelines.data.causes import has_cause
-from pipelines.data.collapse import CollapseConfig, CollapseWatch, NetworkCollapsed
+from pipelines.data.collapse import CollapseConfig, CollapseWatch
 from pipelines.data.fetch import FetchConfig, Fetched, Resolve, fetch_all
 from pipelines.data.img2dataset_engine import img2dataset_results
 from pipelines.data.killable import Resize
@@ -112,16 +112,12 @@ def commit_download(
 ) -> dict[str, Any]:
     """Download and commit one shard: `item` is its id and its packed rows.
 
-    A dead network comes back as the word `collapsed`, because Ray Data 2.60 hands on what a worker
-    raised without its type.
+    Raises NetworkCollapsed.
     """
     rows = unpack(item["rows"])
-    try:
-        with _attempt(writer, item["shard"], config) as resize:
-            kept, dropped = download_shard(rows, config, resize=resize)
-            return _commit(writer, item["shard"], kept, dropped, rows.num_rows)
-    except NetworkCollapsed as error:
-        return {"shard": item["shard"], "collapsed": str(error)}
+    with _attempt(writer, item["shard"], config) as resize:
+        kept, dropped = download_shard(rows, config, resize=resize)
+        return _commit(writer, item["shard"], kept, dropped, rows.num_rows)
 
 
 def commit_retry(
@@ -135,12 +131,9 @@ def commit_retry(
     """Retry and commit one shard of a finished download; see `commit_download`."""
     kept, dropped = old.read(item["shard"]), old.read_dropped(item["shard"])
     rows_in = kept.num_rows + dropped.num_rows
-    try:
-        with _attempt(writer, item["shard"], config) as resize:
-            kept, dropped = retry_shard(kept, dropped, config, causes, resize=resize)
-            return _commit(writer, item["shard"], kept, dropped, rows_in)
-    except NetworkCollapsed as error:
-        return {"shard": item["shard"], "collapsed": str(error)}
+    with _attempt(writer, item["shard"], config) as resize:
+        kept, dropped = retry_shard(kept, dropped, config, causes, resize=resize)
+        return _commit(writer, item["shard"], kept, dropped, rows_in)
 
 
 @contextmanager
@@ -181,7 +174,7 @@ def _commit(
     writer: DatasetWriter, shard: str, kept: pa.Table, dropped: pa.Table, rows_in: int
 ) -> dict[str, Any]:
     commit = writer.commit(shard, kept, dropped, rows_in=rows_in, schema=RAW)
-    return {"shard": commit.shard, "collapsed": ""}
+    return {"shard": commit.shard}
 
 
 def _order(row: dict[str, Any]) -> tuple[str, bool]:

@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.data.decode import UnusablePicture, decode_picture
+from pipelines.data.nsfw import BATCH, NsfwConfig, scores
+from pipelines.data.nsfw import REASON as NSFW
 from pipelines.data.picture_hashes import picture_hashes
 from pipelines.data.row_rules import RowRulesConfig, judge
 from pipelines.data.schema import DROPPED, FILTERED, FINGERPRINTS
@@ -24,34 +26,61 @@ from pipelines.data.travelling import unpack
 STAGE = "filter_pairs"
 FINGERPRINTS_STAGE = "fingerprint_pictures"
 FINGERPRINTS_DIRECTORY = "fingerprints"
+NO_JUDGE = NsfwConfig()
 PAIR = ["key", "url", "caption"]
 ROW_COLUMNS = [*PAIR, "original_width", "original_height", "sha256"]
 
 
 def fingerprint_shard(
-    table: pa.Table, config: RowRulesConfig, *, look: bool
+    table: pa.Table, config: RowRulesConfig, *, look: bool, nsfw: NsfwConfig = NO_JUDGE
 ) -> tuple[pa.Table, pa.Table]:
     """Fingerprints of the rows that pass the row rules, and the rows that do not.
 
-    `look` decodes the pictures; without, there are no hashes, and broken pictures stay.
+    `look` decodes the pictures; without, there are no hashes, nobody is asked whether they are safe
+    for work, and broken pictures stay.
     """
     reasons, details = judge(table, config)
     passed = pc.is_null(reasons)
     hashes: list[bytes | None] = [None] * table.num_rows
     if look:
-        images = table["image"]
-        broken: dict[int, UnusablePicture] = {}
-        for row in np.flatnonzero(passed.to_numpy(zero_copy_only=False)).tolist():
-            try:
-                ten = picture_hashes(decode_picture(images[row].as_py()))
-                hashes[row] = None if ten is None else ten.tobytes()
-            except UnusablePicture as error:
-                broken[row] = error
-        reasons, details = _also(reasons, details, broken)
+        rows = np.flatnonzero(passed.to_numpy(zero_copy_only=False)).tolist()
+        unusable = _look(table["image"], rows, hashes, nsfw)
+        reasons, details = _also(reasons, details, unusable)
         passed = pc.is_null(reasons)
     contents = [bytes.fromhex(digest)[:16] for digest in table["sha256"].to_pylist()]
     prints = pa.table([table["key"], contents, hashes], schema=FINGERPRINTS).filter(passed)
     return prints, _dropped(table, reasons, details)
+
+
+def _look(
+    images: pa.ChunkedArray, rows: list[int], hashes: list[bytes | None], nsfw: NsfwConfig
+) -> dict[int, UnusablePicture]:
+    """Fill in the hashes of these rows; the rows that must go, and why."""
+    unusable: dict[int, UnusablePicture] = {}
+    scorer = nsfw.load()
+    seen: dict[int, np.ndarray] = {}
+
+    def ask() -> None:
+        if scorer is not None and seen:
+            for row, score in zip(seen, scores(scorer, list(seen.values())), strict=True):
+                if score > nsfw.max_score:
+                    unusable[row] = UnusablePicture(NSFW, f"score {score:.2f}")
+        seen.clear()
+
+    for row in rows:
+        try:
+            pixels = decode_picture(images[row].as_py())
+        except UnusablePicture as error:
+            unusable[row] = error
+            continue
+        ten = picture_hashes(pixels)
+        hashes[row] = None if ten is None else ten.tobytes()
+        if scorer is not None:
+            seen[row] = pixels
+        if len(seen) == BATCH:
+            ask()
+    ask()
+    return unusable
 
 
 def filter_shard(
@@ -98,10 +127,11 @@ def commit_fingerprints(
     writer: DatasetWriter,
     config: RowRulesConfig,
     look: bool,
+    nsfw: NsfwConfig,
 ) -> dict[str, Any]:
     """Take and commit the fingerprints of the shard that `item` names."""
     table = raw.read(item["shard"], [*ROW_COLUMNS, "image"] if look else ROW_COLUMNS)
-    prints, dropped = fingerprint_shard(table, config, look=look)
+    prints, dropped = fingerprint_shard(table, config, look=look, nsfw=nsfw)
     commit = writer.commit(
         item["shard"], prints, dropped, rows_in=table.num_rows, schema=FINGERPRINTS
     )

@@ -7,7 +7,7 @@ that img2dataset lost become dropped rows with our reasons.
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from pipelines.data import killable
 from pipelines.data.archive import ArchiveLimits, read_members
+from pipelines.data.bad_files import BadFile, OnBadFile
 from pipelines.data.causes import reason_said
 from pipelines.data.killable import Resize
 from pipelines.data.resize import ResizeConfig, resize_picture
@@ -56,11 +57,38 @@ def shard_names(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def digest(folder: Path) -> str:
-    """SHA-256 over all shard files; reads them once."""
+def sound_shards(
+    folder: Path, config: ImportConfig, on_bad_file: OnBadFile
+) -> tuple[list[str], list[BadFile]]:
+    """The shards that are imported and, if bad files are left out, those of the others.
+
+    To find them takes a reading of every file; otherwise the workers find them, and raise BadFile.
+    Raises the first one if no shard is sound.
+    """
+    names = shard_names(folder)
+    if on_bad_file == "fail":
+        return names, []
+    faults = {name: _fault(folder, name, config) for name in names}
+    bad = [error for error in faults.values() if error is not None]
+    if len(bad) == len(names):
+        raise bad[0]
+    return [name for name in names if faults[name] is None], bad
+
+
+def _fault(folder: Path, shard: str, config: ImportConfig) -> BadFile | None:
+    try:
+        for _ in _rows(folder, shard, config):
+            pass
+    except BadFile as error:
+        return error
+    return None
+
+
+def digest(folder: Path, shards: Sequence[str]) -> str:
+    """SHA-256 over the files of these shards; reads them once."""
     files = [
         file
-        for name in shard_names(folder)
+        for name in shards
         for suffix in (".parquet", ".tar")
         if (file := folder / f"{name}{suffix}").exists()
     ]
@@ -86,7 +114,7 @@ def commit_imported(
 def import_shard(
     folder: Path, shard: str, config: ImportConfig, resize: Resize | None = None
 ) -> tuple[pa.Table, pa.Table]:
-    """The (RAW, DROPPED) tables of one shard; raises ValueError on a file that is not sound.
+    """The (RAW, DROPPED) tables of one shard; raises BadFile for a file that is not sound.
 
     `resize` is one of `killable.resizer`, without which a picture may kill this process.
     """
@@ -154,7 +182,7 @@ def _rows(folder: Path, shard: str, config: ImportConfig) -> Iterator[dict[str, 
             yield row | {"picture": with_pictures.pop(row["key"], None)}
         if with_pictures:
             name = sorted(map(str, with_pictures))[0]
-            raise ValueError(f"{tar} has the picture of {name}, of which {table} knows nothing")
+            raise BadFile(tar, f"has the picture of {name}, of which {table.name} knows nothing")
 
 
 def _rows_of_parquet(path: Path) -> Iterator[dict[str, Any]]:
@@ -163,16 +191,19 @@ def _rows_of_parquet(path: Path) -> Iterator[dict[str, Any]]:
             names = parquet.schema_arrow.names
             picture = next((name for name in PICTURES if name in names), None)
             if missing := [name for name in ("url", "caption") if name not in names]:
-                raise ValueError(
-                    f"{path} must have the columns url and caption, but {' and '.join(missing)} "
-                    f"is missing; it has {', '.join(names)}"
+                raise BadFile(
+                    path,
+                    f"must have the columns url and caption, but {' and '.join(missing)} "
+                    f"is missing; it has {', '.join(names)}",
                 )
             wanted = [name for name in (*TEXTS, *SIDES, picture) if name in names]
             for batch in parquet.iter_batches(64, columns=wanted, use_threads=False):
                 for row in batch.to_pylist():
                     yield _complete(row, row.pop(picture, None), path)
-    except pa.ArrowException as error:
-        raise ValueError(f"{path} must be a readable Parquet file: {error}") from error
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the system's, not Arrow's
+            raise
+        raise BadFile(path, "must be a readable Parquet file", error) from error
 
 
 def _rows_of_tar(path: Path, config: ImportConfig) -> Iterator[dict[str, Any]]:
@@ -195,7 +226,7 @@ def _row_of_members(key: str, fields: Mapping[str, bytes], path: Path) -> dict[s
         told = json.loads(fields.get("json", b"{}"))
         caption = fields["txt"].decode() if "txt" in fields else told.get("caption")
     except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} must have JSON and UTF-8 texts; of {key!r}: {error}") from error
+        raise BadFile(path, f"must have JSON and UTF-8 texts; of {key!r}: {error}") from error
     wanted = {name: told.get(name) for name in (*TEXTS, *SIDES)}
     return _complete(wanted | {"key": key, "caption": caption}, picture, path)
 
@@ -205,5 +236,5 @@ def _complete(row: dict[str, Any], picture: Any, path: Path) -> dict[str, Any]:
     if not all(isinstance(found[name], str | None) for name in TEXTS) or not isinstance(
         picture, bytes | None
     ):
-        raise ValueError(f"{path} must have texts in {', '.join(TEXTS)} and bytes as pictures")
+        raise BadFile(path, f"must have texts in {', '.join(TEXTS)} and bytes as pictures")
     return found

@@ -23,7 +23,8 @@ from pipelines.data.report_sampling import (
 from pipelines.data.stage import Manifest, NotADataset
 
 TEMPLATE = "report.html"
-DATASET_INPUTS = {"encode_pairs": "filtered", "filter_pairs": "raw"}  # by stage
+# By stage; only a retry of a download has a dataset as its input.
+DATASET_INPUTS = {"encode_pairs": "filtered", "filter_pairs": "raw", "download_pairs": "raw"}
 WITHOUT_PICTURES = "encode_pairs"
 
 
@@ -51,6 +52,13 @@ def _content(manifests: Sequence[Manifest]) -> dict[str, Any]:
     if not pictured:
         raise ValueError(f"{last.path} was made of pictures that are no longer where they were")
     samples = [sample_rows(manifest) for manifest in pictured]
+    # A retry says of every row anew what became of it: the download before it is not counted too.
+    later = [*(manifest.stage for manifest in pictured[1:]), ""]
+    counted = [
+        sample
+        for sample, after in zip(samples, later, strict=True)
+        if sample.manifest.stage != after
+    ]
     decoded, why_not = (
         reconstructions(last, pictured[-1])
         if last.stage == WITHOUT_PICTURES
@@ -69,8 +77,8 @@ def _content(manifests: Sequence[Manifest]) -> dict[str, Any]:
             for index, manifest in enumerate(pictured)
             for cluster in clusters(manifest, parent_of(pictured, index))
         ],
-        "hosts": hosts(samples),
-        "host_rows": len(samples[-1].kept) + sum(len(sample.dropped) for sample in samples),
+        "hosts": hosts(counted),
+        "host_rows": len(samples[-1].kept) + sum(len(sample.dropped) for sample in counted),
         "reconstructions": decoded,
         "why_not": why_not,
         "opened": SHARDS_FOR_REASONS,

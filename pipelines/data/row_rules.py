@@ -186,7 +186,8 @@ def _count(captions: pa.Array, pattern: str) -> np.ndarray:
 
 
 def _has_letters(captions: pa.Array, least: int) -> np.ndarray:
-    found = pc.match_substring_regex(captions, rf"(?:\pL\PL*){{{least}}}")
+    # From the start on: a search that may begin at any letter is fifteen times as slow.
+    found = pc.match_substring_regex(captions, rf"\A\PL*(?:\pL\PL*){{{least}}}")
     return np.asarray(found.to_numpy(zero_copy_only=False))
 
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from jobs import download_pairs
+from pipelines.data.report import lineage
 from pipelines.data.stage import Manifest
 from tests.fixtures.evil_web import EvilServer, running_evil_web
 
@@ -77,6 +78,8 @@ def test_what_failed_is_fetched_again_into_a_new_dataset(
     new = Manifest.load(tmp_path / "raw-2")
     assert (new.rows_in, new.rows_out, new.dropped) == (60, 40, {"http_404": 20})
     assert new.inputs == {"raw": old.digest}
+    assert [made.digest for made in lineage(new)] == [old.digest, new.digest]
+    assert old.digest in (tmp_path / "raw-2" / "report.html").read_text()
     assert {path: server.asked[path] for path in paths} == {
         path: 2 if path.startswith("/outage") else 1 for path in paths
     }

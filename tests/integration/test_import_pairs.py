@@ -1,10 +1,12 @@
 """img2dataset's output goes the way of our own downloads, on a real Ray, and only once."""
 
 import io
+import json
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from img2dataset.writer import WebDatasetSampleWriter
 from PIL import Image
 
@@ -60,3 +62,26 @@ def test_an_import_is_filtered_like_a_download_and_done_once(
     with (images / "00001.tar").open("ab") as file:
         file.write(b"more")
     assert import_pairs.main(line) == 2  # another input into the same output
+
+
+def test_a_shard_of_a_bad_file_is_left_out_and_named(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, raw = tmp_path / "images", tmp_path / "raw"
+    images.mkdir()
+    foreign(images)
+    tar = images / "00001.tar"
+    tar.write_bytes(tar.read_bytes()[:-9000])
+    line = ["tiny", "--images", str(images), "--output", str(raw)]
+    assert import_pairs.main(line) == 2
+    assert f"{tar} must be a whole tar, but it is cut off" in capsys.readouterr().err
+    line = [*line[:-1], str(tmp_path / "rest"), "--on-bad-file", "quarantine"]
+    assert import_pairs.main(line) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["quarantined"] == 1
+    manifest = Manifest.load(tmp_path / "rest")
+    assert manifest.rows_in == PER_TAR
+    (left_out,) = manifest.config["quarantined"]
+    assert left_out["file"] == "00001.tar"
+    assert "Left out, its pairs are in no count: 00001.tar" in (
+        (tmp_path / "rest" / "report.html").read_text()
+    )

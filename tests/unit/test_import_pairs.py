@@ -2,15 +2,25 @@
 
 import hashlib
 import io
+import pickle
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipelines.data.importing import ImportConfig, drop_reason, import_shard, shard_names
+from pipelines.data.bad_files import BadFile
+from pipelines.data.importing import (
+    ImportConfig,
+    digest,
+    drop_reason,
+    import_shard,
+    shard_names,
+    sound_shards,
+)
 from pipelines.data.resize import ResizeConfig
 from pipelines.data.schema import DROPPED, RAW
+from pipelines.data.storage import Location
 from pipelines.data.urls import pair_key
 
 CONFIG = ImportConfig(resize=ResizeConfig(short_side=32))
@@ -119,6 +129,24 @@ def test_a_tar_alone_is_enough_and_a_cut_one_is_refused(tmp_path: Path) -> None:
     tar.write_bytes(tar.read_bytes()[:-9000])
     with pytest.raises(ValueError, match="cut off"):
         import_shard(tmp_path, "00000", CONFIG)
+
+
+def test_a_bad_file_costs_its_shard_or_ends_the_import(images: Path) -> None:
+    before = digest(images, shard_names(images))
+    cut = images / "00001.parquet"
+    cut.write_bytes((images / "00000.parquet").read_bytes()[:-20])
+    assert sound_shards(images, CONFIG, "fail") == (["00000", "00001"], [])
+    with pytest.raises(BadFile) as refused:
+        import_shard(images, "00001", CONFIG)
+    sound, (bad,) = sound_shards(images, CONFIG, "quarantine")
+    assert sound == ["00000"]
+    assert digest(images, sound) == before
+    assert (bad.file, str(bad)) == (Location(cut), str(refused.value))
+    travelled = pickle.loads(pickle.dumps(bad))
+    assert (travelled.file, travelled.fault, str(travelled)) == (bad.file, bad.fault, str(bad))
+    (images / "00000.parquet").write_bytes(cut.read_bytes())
+    with pytest.raises(BadFile, match="readable Parquet"):
+        sound_shards(images, CONFIG, "quarantine")
 
 
 def test_what_is_no_output_of_img2dataset_is_refused(tmp_path: Path) -> None:

@@ -62,6 +62,27 @@ def test_a_child_gives_the_same_pictures_and_survives_those_that_kill_it(
     ]
 
 
+IDLE = """
+import sys, threading
+from pipelines.data import killable
+from tests.unit import test_killable
+killable.resize_picture = test_killable.deadly
+with killable.resizer(test_killable.CONFIG, careful=False, most_s=0.5) as resize:
+    for pause in (0.02, 0.06, 1.0, 0.02):
+        assert resize(b"no picture").reason
+        threading.Event().wait(pause)
+    print("idle", flush=True)
+    resize(b"x" + test_killable.STOPS)
+"""
+
+
+def test_a_worker_that_waits_for_the_network_is_not_ended_and_one_that_hangs_is() -> None:
+    line = [sys.executable, "-c", IDLE]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "idle\n")
+    assert "Timeout" in done.stderr
+
+
 def test_a_fault_of_ours_is_no_picture_s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(killable, "resize_picture", deadly)
     with (

@@ -146,3 +146,15 @@ def test_a_dataset_that_lost_everything_has_a_report(tmp_path: Path) -> None:
 def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one dataset"):
         write_report(tmp_path / "report.html", [])
+
+
+def test_a_retry_counts_each_row_once(tmp_path: Path) -> None:
+    rows = [filtered_row(f"a kite nr {n}", png("red", 60 + n)) for n in range(6)]
+    lost = [drop(row, "http_503") for row in rows[2:]]
+    old = dataset(tmp_path / "raw", "download_pairs", rows[:2], lost, {"urls": "1" * 64})
+    new = dataset(tmp_path / "raw-2", "download_pairs", rows[:5], lost[3:], {"raw": old.digest})
+    write_report(tmp_path / "report.html", [old, new])
+    page = (tmp_path / "report.html").read_text()
+    assert "Of 6 sampled rows" in page
+    assert old.digest in page
+    assert new.digest in page

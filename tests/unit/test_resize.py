@@ -138,6 +138,19 @@ def test_a_picture_is_turned_as_its_camera_says() -> None:
     assert (resized.original_width, resized.original_height) == (120, 200)
 
 
+@pytest.mark.parametrize("size", [(200, 120), (17, 33), (1, 1), (48, 16)])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_a_jpeg_has_the_pixels_that_pillow_gives_it(
+    subsampling: int, progressive: bool, size: tuple[int, int]
+) -> None:
+    data = encode(
+        photo(*size), "JPEG", subsampling=subsampling, progressive=progressive, quality=80
+    )
+    resized = resize_picture(data, ResizeConfig(short_side=1000, encoding="png"))
+    np.testing.assert_array_equal(decode(resized.image), decode(data))
+
+
 def test_nothing_of_the_sent_bytes_is_kept() -> None:
     data = encode(photo(), "JPEG", comment=b"<script>alert(1)</script>") + b"PK\x03\x04 a zip file"
     resized = resize_picture(data, ResizeConfig(short_side=64))
