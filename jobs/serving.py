@@ -270,18 +270,21 @@ def load_pieces(settings: SamplerSettings) -> PieceSampler:
 async def first_picture(pieces: PieceSampler) -> float:
     """Draw one picture and drop it; the seconds it took. Raises NonFiniteLogits.
 
-    Then the last row of as many as there are slots: memory for all of them is had now, or is
-    missing now.
+    Then the last tokens of as many as there are slots, one more of each than of the one before:
+    memory and kernels for every number of slots in use are had now, or are missing now.
     """
     started = time.monotonic()
     async for item in pieces.draw(FIRST_PIECE):
         assert isinstance(item, FinishedPicture)
         tokens = item.sample.tokens
     seconds = time.monotonic() - started
-    upper = tokens[: -pieces.sampler.prior.config.grid]
-    indices = tuple(range(pieces.load().slots))
-    async for _ in pieces.draw(replace(FIRST_PIECE, indices=indices, start=upper)):
-        pass
+
+    async def end(left: int) -> None:
+        async for _ in pieces.draw(replace(FIRST_PIECE, start=tokens[:-left])):
+            pass
+
+    lengths = range(pieces.load().slots)
+    await asyncio.gather(*(end(1 + length % (len(tokens) - 1)) for length in lengths))
     return seconds
 
 

@@ -32,6 +32,10 @@ from pipelines.sampling.packing import LEAST_ROWS, PackedPrior, Precision
 from pipelines.sampling.picture_source import TooLate
 from pipelines.sampling.row_caches import RowDecoder
 
+# Few sizes, because a CPU's library makes and keeps a kernel for each that it meets; eight prompts
+# take hardly longer a prompt than sixty-four.
+PROMPTS_TOGETHER = (8, 4, 2, 1)
+
 
 @dataclass(eq=False)
 class _Picture:
@@ -176,10 +180,16 @@ class Batch:
                 texts.append(null_prompt(self.config, order.text_tokens[None])[0])
             groups.setdefault(len(order.primed), []).extend((order, text) for text in texts)
         for group in groups.values():
-            texts, primed = [text for _, text in group], [order.primed for order, _ in group]
-            prefixes = self._decoder.prefixes(torch.stack(texts), torch.stack(primed))
-            for (order, _), prefix in zip(group, prefixes, strict=True):
-                order.prefixes.append(prefix)
+            for size in PROMPTS_TOGETHER:
+                while len(group) >= size:
+                    self._run_together(group[:size])
+                    del group[:size]
+
+    def _run_together(self, prompts: list[tuple[Order, Tensor]]) -> None:
+        texts, primed = [text for _, text in prompts], [order.primed for order, _ in prompts]
+        prefixes = self._decoder.prefixes(torch.stack(texts), torch.stack(primed))
+        for (order, _), prefix in zip(prompts, prefixes, strict=True):
+            order.prefixes.append(prefix)
 
     def _draw(self, sampling: SamplingConfig, pictures: list[_Picture]) -> None:
         device = self._tokens.device
