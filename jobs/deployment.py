@@ -63,6 +63,7 @@ def serve_in_background(job: ServeSamplerJob) -> Iterator[str]:
                 # Ray 2.60 prints that Serve's controller, which it ended itself, is dead.
                 with redirect_stdout(io.StringIO()):
                     serve.shutdown()
+                _wait_until_free(job)
 
 
 def update(job: ServeSamplerJob) -> str:
@@ -111,6 +112,18 @@ def check_port(job: ServeSamplerJob) -> None:
                 f"port must be free, but {job.host}:{job.port} {reason} ({error.strerror}): "
                 "choose another with --port"
             ) from error
+
+
+def _wait_until_free(job: ServeSamplerJob) -> None:
+    """Serve's processes end a moment after it says so: who serves next must find the port free."""
+    deadline = time.monotonic() + SPARE_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            check_port(job)
+        except ValueError:
+            time.sleep(0.1)
+        else:
+            return
 
 
 def base_url(job: ServeSamplerJob) -> str:

@@ -108,8 +108,8 @@ def test_a_click_draws_row_by_row_and_shows_the_very_pixels(
     )
     keep(seen, tmp_path, "drawn")
     said, clip, early, busy = (seen.values[index] for index in (6, 7, 8, 9))
-    assert said == "2 of 8 rows"
-    assert clip == "inset(0px 0px 75%)"
+    assert said == "1 of 8 rows"
+    assert clip == "inset(0px 0px 87.5%)"
     assert busy
     first, second, words, status = seen.values[11:]
     (wanted,) = sampler.sample(["red apple"], n=2, seed=5)
