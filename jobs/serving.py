@@ -171,9 +171,6 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> "FastAPI":
         return self._app
 
-    def check_health(self) -> None:
-        """Called by Serve, which replaces a replica that raises."""
-
     async def _draw(self, piece: Piece) -> AsyncGenerator[PieceItem, None]:
         from ray.exceptions import RayActorError
         from ray.serve.exceptions import (

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.sampling.policies import load_hook
+from pipelines.hooks import load_hook
 
 REASON = "nsfw"
 BATCH = 32  # pictures at a call; a shard's batches are always the same

@@ -78,6 +78,7 @@ class FanOut:
     ) -> None:
         """`on_first` is told how long a request waited for its first picture, whole or partial."""
         self._samplers, self._limits, self._on_first = samplers, limits, on_first
+        self._slots = samplers.count * samplers.slots
         self.tally = Tally()
         self.load = 0
         """Slots that the requests under way want; a pool counts as a quarter of all."""
@@ -87,9 +88,8 @@ class FanOut:
         if request.rerank_pool and self._samplers.score is None:
             raise ValueError("rerank_pool must be 0 where there is no reranker")
         self.check_room()
-        total = self._samplers.count * self._samplers.slots
         # A pool yields to others, so it does not keep them out either.
-        cost = min(request.candidates * (1 + request.sampling.guided), max(1, total // 4))
+        cost = min(request.candidates * (1 + request.sampling.guided), max(1, self._slots // 4))
         self.load += cost
         self.tally.begun += 1
         try:
@@ -110,8 +110,7 @@ class FanOut:
 
     def check_room(self) -> None:
         """See `PictureSource.check_room`; counts who is refused."""
-        total = self._samplers.count * self._samplers.slots
-        if self.load >= total + self._limits.max_waiting:
+        if self.load >= self._slots + self._limits.max_waiting:
             self.tally.refused += 1
             raise Busy(self._limits.retry_after_seconds)
 

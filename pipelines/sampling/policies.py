@@ -7,7 +7,6 @@ Letters: H and W a picture's sides.
 """
 
 import asyncio
-import importlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.hooks import load_hook
 from pipelines.sampling.openai_errors import NO_RETRY, SERVER_ERROR, ApiError
 
 PromptPolicy = Callable[[str], str | None]
@@ -82,19 +82,3 @@ class Policies:
                 param="prompt" if kind == "prompt" else None,
                 code="content_policy_violation",
             )
-
-
-def load_hook(kind: str, name: str) -> Callable[[Any], Any] | None:
-    """The function of a dotted name, None for an empty one."""
-    if not name:
-        return None
-    module, colon, attribute = name.partition(":")
-    try:
-        hook = getattr(importlib.import_module(module), attribute) if colon else None
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"the {kind} policy must be package.module:function, got {name!r}: {error}"
-        ) from error
-    if not callable(hook):
-        raise ValueError(f"the {kind} policy must be package.module:function, got {name!r}")
-    return hook

@@ -1,6 +1,7 @@
 """Training the contrastive model, filtered pairs to model file: a rank's part, and rank 0's."""
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,11 +18,11 @@ from pipelines.sampling.reranking import Reranker
 from pipelines.training.clip_files import CLIP_FILE
 from pipelines.training.clip_loop import Batches, train_clip
 from pipelines.training.clip_training import ClipCadence, ClipTraining
-from pipelines.training.desk import Desk, ignore
+from pipelines.training.desk import ignore
 from pipelines.training.pair_loader import PairLoader
 from pipelines.training.picture_loader import PictureLoader
-from pipelines.training.stopping import StopRequest
-from pipelines.training.watchdog import Watchdog, WatchdogConfig
+from pipelines.training.picture_stage import ModelDesk, run_picture_stage
+from pipelines.training.watchdog import WatchdogConfig
 from pipelines.training.weights import load_stage_one, save_model
 
 
@@ -75,34 +76,18 @@ def run_clip(
     If it is asked to stop (`StopRequest(stage.output)`), it makes a checkpoint and no model file.
     """
     desk = _Desk(stage, device) if rank == 0 else None
-    with Watchdog(
-        stage.output / ".heartbeats", stage.watchdog, rank=rank, world_size=world_size
-    ) as watchdog:
-        weights = train_clip(
-            stage.config,
-            stage.training,
-            cadence=stage.cadence,
-            batches=batches,
-            keys=stage.loader(rank, world_size).keys,
-            device=device,
-            rank=rank,
-            world_size=world_size,
-            stage_one=load_stage_one(stage.dvae)[0] if stage.training.redrawn else None,
-            checkpoints=stage.output / "checkpoints",
-            on_log=desk.log if desk else ignore,
-            on_resume=desk.resume if desk else ignore,
-            on_weights=desk.judge if desk else ignore,
-            on_notice=desk.notice if desk else ignore,
-            is_asked_to_stop=StopRequest(stage.output).is_asked,
-            beat=watchdog.beat,
-        )
-        if desk and weights is None:
-            desk.stop()
-        elif desk and weights is not None:
-            desk.keep(weights)
+    train = partial(
+        train_clip,
+        batches=batches,
+        keys=stage.loader(rank, world_size).keys,
+        device=device,
+        stage_one=load_stage_one(stage.dvae)[0] if stage.training.redrawn else None,
+        on_weights=desk.judge if desk else ignore,
+    )
+    run_picture_stage(stage, desk, train, rank=rank, world_size=world_size)
 
 
-class _Desk(Desk):
+class _Desk(ModelDesk):
     """What rank 0 does with what the loop hands out."""
 
     def __init__(self, stage: ClipStage, device: torch.device) -> None:

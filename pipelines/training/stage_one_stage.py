@@ -1,6 +1,7 @@
 """Training stage one from a filtered dataset to a model file: what a rank does, and what rank 0."""
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,12 @@ from models.stage_one import StageOneConfig
 from pipelines.data.stage import Manifest
 from pipelines.data.storage import Location
 from pipelines.training.codebook_picture import codebook_picture
-from pipelines.training.desk import Desk, ignore
+from pipelines.training.desk import ignore
 from pipelines.training.picture_loader import PictureLoader
+from pipelines.training.picture_stage import ModelDesk, run_picture_stage
 from pipelines.training.stage_one_loop import Batches, train_stage_one
 from pipelines.training.stage_one_training import StageOneCadence, StageOneTraining
-from pipelines.training.stopping import StopRequest
-from pipelines.training.watchdog import Watchdog, WatchdogConfig
+from pipelines.training.watchdog import WatchdogConfig
 from pipelines.training.weights import save_model, stage_one_kind
 
 SHOWN_PICTURES = 16
@@ -75,34 +76,18 @@ def run_stage_one(
     If it is asked to stop (`StopRequest(stage.output)`), it makes a checkpoint and no model file.
     """
     desk = _Desk(stage) if rank == 0 else None
-    with Watchdog(
-        stage.output / ".heartbeats", stage.watchdog, rank=rank, world_size=world_size
-    ) as watchdog:
-        weights = train_stage_one(
-            stage.config,
-            stage.training,
-            cadence=stage.cadence,
-            batches=batches,
-            keys=stage.loader(rank, world_size).keys,
-            shown=stage.loader(0, 1).batch(0).pixels[:SHOWN_PICTURES],
-            device=device,
-            rank=rank,
-            world_size=world_size,
-            checkpoints=stage.output / "checkpoints",
-            on_log=desk.log if desk else ignore,
-            on_resume=desk.resume if desk else ignore,
-            on_images=desk.show if desk else ignore,
-            on_notice=desk.notice if desk else ignore,
-            is_asked_to_stop=StopRequest(stage.output).is_asked,
-            beat=watchdog.beat,
-        )
-        if desk and weights is None:
-            desk.stop()
-        elif desk and weights is not None:
-            desk.keep(weights)
+    train = partial(
+        train_stage_one,
+        batches=batches,
+        keys=stage.loader(rank, world_size).keys,
+        device=device,
+        shown=stage.loader(0, 1).batch(0).pixels[:SHOWN_PICTURES],
+        on_images=desk.show if desk else ignore,
+    )
+    run_picture_stage(stage, desk, train, rank=rank, world_size=world_size)
 
 
-class _Desk(Desk):
+class _Desk(ModelDesk):
     """What rank 0 does with what the loop hands out."""
 
     def __init__(self, stage: StageOneStage) -> None:
