@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import linear
 from models.head_loss import mean_cross_entropy
 from models.linear import ENOUGH_ROWS, Linear, gelu
+from models.onednn import usable
 
 ROWS = 2 * ENOUGH_ROWS
 
@@ -17,7 +19,13 @@ def error(mine: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.parametrize("shape", [(ROWS, 24), (2, ROWS, 24), (3, 5, 24), (24,)])
 @pytest.mark.parametrize("width", [8, 40])
-def test_linear_is_torch_s_in_value_and_gradients(shape: tuple[int, ...], width: int) -> None:
+@pytest.mark.parametrize("prefers_onednn", [True, False])
+def test_linear_is_torch_s_in_value_and_gradients(
+    shape: tuple[int, ...], width: int, prefers_onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if prefers_onednn and not usable(torch.float32, ("_linear_pointwise",)):
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(linear, "_prefers_onednn", lambda: prefers_onednn)
     torch.manual_seed(0)
     mine = Linear(24, width)
     reference = nn.Linear(24, width).double()
