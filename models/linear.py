@@ -10,7 +10,6 @@ Letters: M rows, C channels in, K channels out.
 
 import functools
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from models.onednn import usable
+from models.onednn import mkl_is_faster, usable
 
 ENOUGH_ROWS = 64  # below, oneDNN takes longer to lay out the weights than to multiply
 CHUNK = 1 << 17  # numbers that GELU works on at a time: they stay in the second-level cache
@@ -82,15 +81,7 @@ def _suits_onednn(x: Tensor) -> bool:
 @functools.cache
 def _prefers_onednn() -> bool:
     """The operator is the one that torch.compile uses on a CPU."""
-    return usable(torch.float32, ("_linear_pointwise",)) and not _is_intel()
-
-
-def _is_intel() -> bool:
-    """There MKL takes a tenth less time than oneDNN for the shapes of a training step."""
-    try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
+    return usable(torch.float32, ("_linear_pointwise",)) and not mkl_is_faster()
 
 
 class _Linear(torch.autograd.Function):

@@ -1,8 +1,9 @@
 """A prior's weights as decoding wants them: in the precision asked for, laid out for few rows.
 
 On CPUs oneDNN multiplies faster by a weight that was reordered before, and faster than MKL, which
-`F.linear` uses in fp32. Biases, GELU and the residual sum ride along in the same call. Everywhere
-else a linear layer is what it was.
+`F.linear` uses in fp32, unless the processor is Intel's. Biases, GELU and the residual sum ride
+along in the same call. Everywhere else a linear layer is torch's own; for MKL the weight is stored
+with its columns side by side, which is what suits few rows.
 """
 
 from collections.abc import Callable
@@ -14,15 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import LayerKind
-from models.onednn import usable
+from models.linear import gelu
+from models.onednn import mkl_is_faster, usable
 from models.prior import AttentionResblock, MLPResblock, Prior
 
 Precision = Literal["fp32", "bf16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PACKED_FOR_ROWS = 16  # a hint: packed weights serve any number of rows
 # Of a batch whose rows must not depend on how many there are: MKL adds up in another order below
-# four rows, and oneDNN cuts long sums into parts for one row. On several threads MKL does so for
-# some numbers of rows, oneDNN does not.
+# four rows (two on Intel's, with weights laid out as below), and oneDNN cuts long sums into parts for
+# one row. On several threads MKL does so for some numbers of rows, oneDNN does not.
 LEAST_ROWS = 4
 
 
@@ -31,12 +33,14 @@ class PlainLinear:
 
     def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
         self.weight, self.bias = layer.weight.detach().to(dtype), layer.bias.detach().to(dtype)
+        if self.weight.device.type == "cpu" and mkl_is_faster():
+            self.weight = self.weight.t().contiguous().t()
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
     def gelu(self, x: Tensor) -> Tensor:
-        return F.gelu(self(x), approximate="tanh")
+        return gelu(self(x))
 
     def add(self, x: Tensor, stream: Tensor) -> Tensor:
         """The fp32 stream and the layer's output."""
@@ -126,7 +130,8 @@ class StepWeights:
         return MLPWeights(Norm(block.ln, self.dtype), fc, out)
 
     def _linear(self, layer: nn.Linear, dtype: torch.dtype) -> PlainLinear:
-        return (PackedLinear if can_pack(self.device, dtype) else PlainLinear)(layer, dtype)
+        packs = can_pack(self.device, dtype) and not (dtype == torch.float32 and mkl_is_faster())
+        return (PackedLinear if packs else PlainLinear)(layer, dtype)
 
 
 class PackedPrior:

@@ -167,6 +167,7 @@ def test_where_onednn_is_missing_a_linear_layer_is_torch_s(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     prior, text, image = random_prior(SMALL), prompts(1), pictures(1, 2, SMALL)
+    monkeypatch.setattr("pipelines.sampling.packing.mkl_is_faster", lambda: False)
     ours = decode_given(CachedDecoder(PackedPrior(prior).weights("fp32"), 2), text, image, 0)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     weights = PackedPrior(prior).weights("fp32")
