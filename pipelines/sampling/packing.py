@@ -23,8 +23,8 @@ Precision = Literal["fp32", "bf16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PACKED_FOR_ROWS = 16  # a hint: packed weights serve any number of rows
 # Of a batch whose rows must not depend on how many there are: MKL adds up in another order below
-# four rows (two on Intel's, with weights laid out as below), and oneDNN cuts long sums into parts for
-# one row. On several threads MKL does so for some numbers of rows, oneDNN does not.
+# four rows (on Intel's processors, with weights laid out as below, two), and oneDNN cuts long sums
+# into parts for one row. On several threads MKL does so for some numbers of rows, oneDNN does not.
 LEAST_ROWS = 4
 
 
