@@ -1,5 +1,6 @@
 """download_pairs and filter_pairs end to end on a real Ray, from a small web on loopback."""
 
+import io
 import json
 import os
 import subprocess
@@ -8,14 +9,17 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
 
 from jobs import download_pairs, filter_pairs
 from pipelines.corpus.web import CorpusWeb
 from pipelines.data.stage import Manifest
 from pipelines.data.urls import pair_key
 from pipelines.training.tracking import Tracker
+from tests.fixtures.judges import brightness
 
 PICTURES = 40
 DOWNLOAD_REASONS = {
@@ -198,6 +202,30 @@ def test_other_settings_or_another_list_on_the_same_output_are_refused(
     assert download_pairs.main(download_arguments(other_list, raw)) == 2
     assert "choose another --output" in capsys.readouterr().err.lower()
     assert snapshot(raw) == before
+
+
+def test_the_operator_s_judge_is_asked_on_the_workers_and_fails_closed(
+    raw: Path, filtered: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    scores = {
+        row["key"]: brightness([np.asarray(Image.open(io.BytesIO(row["image"])).convert("RGB"))])[0]
+        for table in Manifest.load(filtered).tables(["key", "image"])
+        for row in table.to_pylist()
+    }
+    limit = sorted(scores.values())[len(scores) // 2] + 1e-6
+    output = tmp_path / "judged"
+    judge = ["--nsfw.scorer", "tests.fixtures.judges:brightness", "--nsfw.max-score", str(limit)]
+    assert filter_pairs.main([*filter_arguments(raw, output), *judge]) == 0
+    judged = Manifest.load(output)
+    kept = {key for table in judged.tables(["key"]) for key in table["key"].to_pylist()}
+    assert kept == {key for key, score in scores.items() if score <= limit}
+    assert judged.dropped["nsfw"] >= len(scores) - len(kept) > 0
+
+    output = tmp_path / "unjudged"
+    judge = ["--nsfw.scorer", "tests.fixtures.judges:failing"]
+    assert filter_pairs.main([*filter_arguments(raw, output), *judge]) != 0
+    assert "the judge is ill" in capfd.readouterr().err
+    assert not [*output.rglob("*.parquet")]
 
 
 def test_a_missing_foreign_or_unfinished_input_is_refused_and_nothing_is_written(
