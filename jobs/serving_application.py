@@ -33,7 +33,7 @@ SPARE_REQUESTS = 256
 SECONDS_TO_DRAIN = 5.0
 SECONDS_TO_BE_HEARD = 2.0
 FETCHED = "registry"  # directory of registered models, below the job's output
-HEALTH_SECONDS = 5.0
+HEALTH_SECONDS = 1.0  # a replica that died is noticed, and replaced, after as much
 
 
 def from_config(arguments: Mapping[str, Any]) -> Any:

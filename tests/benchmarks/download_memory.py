@@ -46,11 +46,13 @@ def peaks(line: list[str], folder: str) -> tuple[int, int]:
         while job.poll() is None:
             most["driver"] = max(most["driver"], high_water(job.pid))
             for worker in descendants(job.pid):
-                if "Map(" in name_of(worker):
+                if is_worker(name_of(worker)):
                     most["worker"] = max(most["worker"], high_water(worker))
             look_again.wait(SECONDS_BETWEEN_LOOKS)
     if job.returncode:
         raise RuntimeError(f"the job ended with {job.returncode}")
+    if not most["worker"]:
+        raise RuntimeError("no process of the job was one of Ray's workers")
     return most["driver"], most["worker"]
 
 
@@ -75,6 +77,11 @@ def name_of(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except (OSError, ProcessLookupError):
         return ""
+
+
+def is_worker(name: str) -> bool:
+    """Ray's workers are named after what they do just now, and so are its agents."""
+    return name.startswith("ray::") and "Agent" not in name
 
 
 def high_water(pid: int) -> int:
