@@ -11,7 +11,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pipelines.data.stage import READ_ROWS, Manifest, open_shard
+from pipelines.data.shard_files import open_shard
+from pipelines.data.stage import READ_ROWS, Manifest
 from pipelines.data.storage import replace_file_by, sha256_file
 
 STAGE = "export_webdataset"

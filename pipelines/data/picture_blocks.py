@@ -16,8 +16,9 @@ from pipelines.data.crops import Crop, random_crop
 from pipelines.data.decode import UnusablePicture, decode_picture
 from pipelines.data.encoding_config import EncodingConfig
 from pipelines.data.schema import DROPPED, SPLIT
+from pipelines.data.shard_files import open_shard
 from pipelines.data.split import check_column
-from pipelines.data.stage import READ_ROWS, open_shard
+from pipelines.data.stage import READ_ROWS
 from pipelines.data.storage import Location
 
 INPUT_COLUMNS = ["key", "url", "caption", "image", "split"]

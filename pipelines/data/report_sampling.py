@@ -11,7 +11,8 @@ from typing import Any
 from PIL import Image
 
 from pipelines.data.page import inline_picture, short
-from pipelines.data.stage import READ_ROWS, Manifest, open_shard
+from pipelines.data.shard_files import open_shard
+from pipelines.data.stage import READ_ROWS, Manifest
 
 SAMPLED_SHARDS = 8
 ROWS_PER_SHARD = 4096  # of each sampled shard, kept and dropped each

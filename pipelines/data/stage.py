@@ -10,7 +10,6 @@ import hashlib
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -18,16 +17,15 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipelines.data import plan
 from pipelines.data.schema import DROPPED
+from pipelines.data.shard_files import read_shard, write_shard
 from pipelines.data.storage import Location, canonical_json
 
 MANIFEST, COMMITS, ATTEMPTS, BEGUN = "manifest.json", "commits", "attempts", "begun"
 READ_ROWS = 64
 """Rows that are read at once by those who open a shard with `open_shard`."""
-READ_BYTES = 1 << 20
 """Of a column that are read at once; 0, Arrow's default, would read the shard's whole column."""
 
 
@@ -114,11 +112,11 @@ class Manifest:
 
     def read(self, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
         """The kept rows of one shard."""
-        return _read_parquet(self.path / self.commit_of(shard).file, columns)
+        return read_shard(self.path / self.commit_of(shard).file, columns)
 
     def read_dropped(self, shard: str) -> pa.Table:
         """The dropped rows of one shard, with reasons."""
-        return _read_parquet(self.path / self.commit_of(shard).dropped_file, None)
+        return read_shard(self.path / self.commit_of(shard).dropped_file)
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The kept rows, shard by shard."""
@@ -186,9 +184,9 @@ class DatasetWriter:
         commit = ShardCommit(
             shard=shard,
             file=kept_file,
-            sha256=_write_parquet(self.place / kept_file, kept.cast(schema)),
+            sha256=write_shard(self.place / kept_file, kept.cast(schema)),
             dropped_file=dropped_file,
-            dropped_sha256=_write_parquet(self.place / dropped_file, dropped.cast(DROPPED)),
+            dropped_sha256=write_shard(self.place / dropped_file, dropped.cast(DROPPED)),
             rows_in=rows_in,
             rows_out=kept.num_rows,
             dropped=_count_reasons(dropped),
@@ -245,50 +243,6 @@ def read_commit(file: Location) -> ShardCommit:
     if file.name != f"{commit.shard}.json":
         raise plan.DamagedFile(f"{file} must be of its shard, it is of shard {commit.shard}")
     return commit
-
-
-def _write_parquet(file: Location, table: pa.Table) -> str:
-    """Write a file under a name of its own and read it back; its SHA-256."""
-    sink = pa.BufferOutputStream()
-    # A dictionary of values that hardly repeat costs more to read than it saves.
-    pq.write_table(table, sink, compression="zstd", use_dictionary=False)
-    data = sink.getvalue().to_pybytes()
-    digest = hashlib.sha256(data).hexdigest()
-    file.put(data)
-    back = file.read()
-    if hashlib.sha256(back).hexdigest() != digest or not _parse(back).equals(table):
-        raise RuntimeError(f"{file} was read back otherwise than it was written")
-    return digest
-
-
-def _parse(data: bytes) -> pa.Table:
-    return pq.read_table(pa.BufferReader(data))
-
-
-def _read_parquet(file: Location, columns: Sequence[str] | None) -> pa.Table:
-    source = open_parquet(file)  # a store that is away is no fault of the file
-    try:
-        return pq.read_table(source, columns=None if columns is None else list(columns))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{file} must be a readable Parquet file: {error}") from error
-
-
-def open_parquet(file: Location) -> Path | pa.BufferReader:
-    """What pyarrow reads a file from; a file in S3 is fetched whole. Raises FileNotFoundError."""
-    return pa.BufferReader(file.read()) if file.is_s3 else file.path
-
-
-@contextmanager
-def open_shard(file: Location) -> Iterator[pq.ParquetFile]:
-    """A file to be read in small batches: a whole shard of pictures may not fit in memory.
-
-    Raises ValueError if it is not there or no readable Parquet file.
-    """
-    try:
-        with pq.ParquetFile(open_parquet(file), buffer_size=READ_BYTES) as parquet:
-            yield parquet
-    except (pa.ArrowInvalid, FileNotFoundError) as error:
-        raise ValueError(f"{file} must be a readable Parquet file: {error}") from error
 
 
 def _count_reasons(dropped: pa.Table) -> dict[str, int]:

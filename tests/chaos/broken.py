@@ -31,20 +31,20 @@ def names_first() -> None:
             file.put(content)
         return won
 
-    stage._write_parquet = write
+    stage.write_shard = write
     Location.create_once = create_once  # type: ignore[method-assign]
 
 
 def one_name_a_shard() -> None:
     """All attempts have one name, and what another has written there is taken as it is."""
-    right = stage._write_parquet
+    right = stage.write_shard
 
     def write(file: Location, table: pa.Table) -> str:
         if not file.exists():
             right(file, table)
         return hashlib.sha256(file.read()).hexdigest()
 
-    stage._write_parquet = write
+    stage.write_shard = write
     uuid.uuid4 = lambda: uuid.UUID(int=0)
 
 

@@ -22,6 +22,7 @@ def test_make_bench_writes_rows_that_a_program_can_read(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = [row for file in tmp_path.glob("*.json") for row in json.loads(file.read_text())]
     names = {"token-shard-read", "token-shard-bytes", "caption-bpe-dropout"}
+    names |= {"token-shard-read-dictionary", "token-shard-bytes-dictionary"}
     names |= {"filter-captions", "filter-captions-cld3"}
     names |= {"encoder-fp32", "encoder-bf16", "jpeg-crop", "jpeg-crop-1024"}
     assert names == {row["row"] for row in rows}

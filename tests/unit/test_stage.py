@@ -8,14 +8,16 @@ import sys
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.data import plan
 from pipelines.data.schema import DROPPED
+from pipelines.data.shard_files import read_shard, write_shard
 from pipelines.data.stage import DatasetWriter, Manifest, NotADataset
-from pipelines.data.storage import create_once, replace_file
+from pipelines.data.storage import Location, create_once, replace_file
 
 SCHEMA = pa.schema([pa.field("key", pa.string(), nullable=False)])
 
@@ -56,6 +58,22 @@ def test_a_sealed_dataset_tells_rows_kept_and_dropped(tmp_path: Path) -> None:
     assert (manifest.rows_in, manifest.rows_out, manifest.dropped) == (9, 6, {"why": 3})
     assert manifest.read("00001")["key"].to_pylist() == ["k0", "k1"]
     assert manifest.read_dropped("00001")["reason"].to_pylist() == ["why"]
+
+
+def test_a_column_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    made = writer(tmp_path / "out", shards=1)
+    commit(made, "00000")
+    manifest = made.seal()
+    with pytest.raises(ValueError, match=r"must have the columns \['caption'\]"):
+        manifest.read("00000", ["key", "caption"])
+
+
+def test_numbers_are_stored_as_they_are_and_words_compressed(tmp_path: Path) -> None:
+    table = pa.table({"word": ["a"] * 9, "tokens": pa.array([b"1234"] * 9, pa.binary(4))})
+    write_shard(Location(tmp_path / "shard.parquet"), table)
+    row_group = pq.ParquetFile(tmp_path / "shard.parquet").metadata.row_group(0)
+    assert [row_group.column(i).compression for i in (0, 1)] == ["ZSTD", "UNCOMPRESSED"]
+    assert read_shard(Location(tmp_path / "shard.parquet")).equals(table)
 
 
 def test_a_lost_row_is_refused(tmp_path: Path) -> None:
