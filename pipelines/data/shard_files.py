@@ -13,6 +13,17 @@ from pipelines.data.storage import Location
 READ_BYTES = 1 << 20
 
 
+class MissingColumns(ValueError):
+    """A file has not all of the columns that were asked for."""
+
+    def __init__(self, file: Location, columns: set[str]) -> None:
+        super().__init__(file, columns)  # as it is made again in another process
+        self.file, self.columns = file, columns
+
+    def __str__(self) -> str:
+        return f"{self.file} must have the columns {sorted(self.columns)}, it has not"
+
+
 def write_shard(file: Location, table: pa.Table) -> str:
     """Write a file under a name of its own and read it back; its SHA-256."""
     sink = pa.BufferOutputStream()
@@ -35,13 +46,13 @@ def write_shard(file: Location, table: pa.Table) -> str:
 def read_shard(file: Location, columns: Sequence[str] | None = None) -> pa.Table:
     """A file, or some of its columns, in the caller's one thread.
 
-    Raises ValueError if it is not there, no readable Parquet file, or without such a column.
+    Raises ValueError if it is not there or no readable Parquet file, and MissingColumns.
     """
     source = _opened(file)  # a store that is away is no fault of the file
     try:
         with pq.ParquetFile(source, pre_buffer=False) as parquet:
             if missing := set(columns or ()) - set(parquet.schema_arrow.names):
-                raise ValueError(f"{file} must have the columns {sorted(missing)}, it has not")
+                raise MissingColumns(file, missing)
             return parquet.read(None if columns is None else list(columns), use_threads=False)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{file} must be a readable Parquet file: {error}") from error

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.data.shard_files import MissingColumns
 from pipelines.data.stage import Manifest
 
 Side = Literal["train", "validation"]
@@ -62,9 +63,8 @@ def check_column(schema: pa.Schema, name: str) -> None:
 def _read(manifest: Manifest, shard: str, columns: list[str]) -> pa.Table:
     try:
         return manifest.read(shard, columns)
-    except ValueError as error:
-        # Arrow (25.0) has no type of its own for a column that is not there.
-        if f"No match for FieldRef.Name({COLUMN})" in str(error):
+    except MissingColumns as error:
+        if COLUMN in error.columns:
             check_column(pa.schema([]), f"{manifest.path}, shard {shard}")
         raise
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from pipelines.data import plan
 from pipelines.data.schema import DROPPED
-from pipelines.data.shard_files import read_shard, write_shard
+from pipelines.data.shard_files import MissingColumns, read_shard, write_shard
 from pipelines.data.stage import DatasetWriter, Manifest, NotADataset
 from pipelines.data.storage import Location, create_once, replace_file
 
@@ -64,8 +65,10 @@ def test_a_column_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
     made = writer(tmp_path / "out", shards=1)
     commit(made, "00000")
     manifest = made.seal()
-    with pytest.raises(ValueError, match=r"must have the columns \['caption'\]"):
+    with pytest.raises(MissingColumns, match=r"must have the columns \['caption'\]"):
         manifest.read("00000", ["key", "caption"])
+    error = MissingColumns(Location(tmp_path), {"split"})
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 def test_numbers_are_stored_as_they_are_and_words_compressed(tmp_path: Path) -> None:
