@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import LayerKind
-from models.linear import gelu
+from models.linear import CUBIC, LINEAR
 from models.onednn import mkl_is_faster, usable
 from models.prior import AttentionResblock, MLPResblock, Prior
 
@@ -26,6 +26,7 @@ PACKED_FOR_ROWS = 16  # a hint: packed weights serve any number of rows
 # four rows (on Intel's processors, with weights laid out as below, two), and oneDNN cuts long sums
 # into parts for one row. On several threads MKL does so for some numbers of rows, oneDNN does not.
 LEAST_ROWS = 4
+_LINEAR = torch.tensor(LINEAR)
 
 
 class PlainLinear:
@@ -40,11 +41,22 @@ class PlainLinear:
         return F.linear(x, self.weight, self.bias)
 
     def gelu(self, x: Tensor) -> Tensor:
-        return gelu(self(x))
+        return _gelu(self(x))
 
     def add(self, x: Tensor, stream: Tensor) -> Tensor:
         """The fp32 stream and the layer's output."""
         return stream + self(x)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form; in fp32 on a CPU by a sigmoid, in half the time of ATen's tanh.
+
+    Always the same for any number of rows: the two differ in their last bits.
+    """
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        return F.gelu(x, approximate="tanh")
+    gate = torch.addcmul(_LINEAR, x, x, value=CUBIC).mul_(x).sigmoid_()
+    return gate.mul_(x)
 
 
 class PackedLinear(PlainLinear):
