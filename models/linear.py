@@ -119,6 +119,11 @@ class _BiasGradient(torch.autograd.Function):
         return gradient, summed.to(ctx.dtype)
 
 
+def gelu_exponent(x: Tensor, linear: Tensor) -> Tensor:
+    """What GELU takes the sigmoid of; `linear` is LINEAR, in the precision that x has."""
+    return torch.addcmul(linear, x, x, value=CUBIC).mul_(x)
+
+
 class _Gelu(torch.autograd.Function):
     """In fp32 inside, or what is wider; ATen's spends most of its time in tanh.
 
@@ -132,7 +137,7 @@ class _Gelu(torch.autograd.Function):
         linear = torch.tensor(LINEAR, dtype=torch.promote_types(x.dtype, torch.float32))
         for part, out, slope_out in zip(*map(_chunks, (x, y, slope)), strict=True):
             part = part.to(linear.dtype)
-            z = torch.addcmul(linear, part, part, value=CUBIC).mul_(part)
+            z = gelu_exponent(part, linear)
             gate = torch.sigmoid(z)
             torch.mul(part, gate, out=out)
             if ctx.needs_input_grad[0]:

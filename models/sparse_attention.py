@@ -204,11 +204,11 @@ def _spread(weights: Tensor, q: Tensor, text_k: Tensor, image_k: Tensor, folding
 
 
 def _needs_whole_rows(x: Tensor) -> bool:
-    """Whether torch copies a part of a matrix's columns before it multiplies, as in 16 bits.
+    """Whether torch copies a part of a matrix's columns before it multiplies: in 16 bits on a CPU.
 
     To multiply whole rows, the blocks' keys against zeros, takes less time than these copies.
     """
-    return x.dtype in (torch.bfloat16, torch.float16)
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def _padded(text: Tensor, folding: Folding) -> Tensor:  # (N, S, D) -> (N, W, D)

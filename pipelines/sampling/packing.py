@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import LayerKind
-from models.linear import CUBIC, LINEAR
+from models.linear import LINEAR, gelu_exponent
 from models.onednn import mkl_is_faster, usable
 from models.prior import AttentionResblock, MLPResblock, Prior
 
@@ -34,7 +34,7 @@ class PlainLinear:
 
     def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
         self.weight, self.bias = layer.weight.detach().to(dtype), layer.bias.detach().to(dtype)
-        if self.weight.device.type == "cpu" and mkl_is_faster():
+        if self.weight.device.type == "cpu" and dtype == torch.float32 and mkl_is_faster():
             self.weight = self.weight.t().contiguous().t()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -55,8 +55,7 @@ def _gelu(x: Tensor) -> Tensor:
     """
     if x.dtype != torch.float32 or x.device.type != "cpu":
         return F.gelu(x, approximate="tanh")
-    gate = torch.addcmul(_LINEAR, x, x, value=CUBIC).mul_(x).sigmoid_()
-    return gate.mul_(x)
+    return gelu_exponent(x, _LINEAR).sigmoid_().mul_(x)
 
 
 class PackedLinear(PlainLinear):

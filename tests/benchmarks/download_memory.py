@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tests.benchmarks.download import our_line, web
+from tests.fixtures.processes import descendants
 
 ROWS = (10_000, 100_000)
 ROWS_PER_SHARD = 2_000
@@ -54,22 +55,6 @@ def peaks(line: list[str], folder: str) -> tuple[int, int]:
     if not most["worker"]:
         raise RuntimeError("no process of the job was one of Ray's workers")
     return most["driver"], most["worker"]
-
-
-def descendants(pid: int) -> list[int]:
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int(
-                    (entry / "stat").read_text().rsplit(")")[-1].split()[1]
-                )
-            except (OSError, ProcessLookupError):
-                continue
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return sorted(found - {pid})
 
 
 def name_of(pid: int) -> str:

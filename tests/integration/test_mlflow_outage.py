@@ -4,10 +4,9 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,17 +18,12 @@ from pipelines.training.mlflow_run import OUTBOX, run_id_of
 from pipelines.training.outbox import Outbox
 from pipelines.training.tracking import TrackingConfig, catch_up, open_run
 from tests.fixtures.cut_line import Line, line_to
+from tests.fixtures.waiting import until
 
 CONFIG = TrackingConfig(experiment="outage")
 PICTURE = np.zeros((8, 8, 3), np.uint8)
 CALLS = 30
-
-
-def until(is_so: Callable[[], object], seconds: float = 120) -> None:
-    deadline, pause = time.monotonic() + seconds, threading.Event()
-    while not is_so():
-        assert time.monotonic() < deadline
-        pause.wait(0.05)
+PATIENCE = 120.0  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +52,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         return False
 
     try:
-        until(is_healthy)
+        until(is_healthy, PATIENCE)
         yield port
     finally:
         os.killpg(process.pid, 9)
@@ -86,7 +80,7 @@ def test_an_outage_costs_no_time_and_no_entry(
         CONFIG, stage="train", settings={}, tags={}, directory=tmp_path, uri=uri
     ) as tracker:
         tracker.log_metrics({"loss": 3.0}, 0)
-        until(lambda: run_id_of(tmp_path) and not waiting())
+        until(lambda: run_id_of(tmp_path) and not waiting(), PATIENCE)
         line.cut()
         started = time.monotonic()
         for step in range(1, CALLS):
@@ -101,9 +95,9 @@ def test_an_outage_costs_no_time_and_no_entry(
             words.extend(capfd.readouterr().err.splitlines())
             return [row for row in words if row.startswith("MLflow at")]
 
-        until(said)
+        until(said, PATIENCE)
         line.mend()
-        until(lambda: not waiting())
+        until(lambda: not waiting(), PATIENCE)
     run_id = run_id_of(tmp_path)
     assert steps_of(client, run_id) == list(range(CALLS))
     assert client.get_run(run_id).info.status == "FINISHED"
@@ -119,7 +113,7 @@ def test_an_answer_that_is_lost_doubles_nothing(server: int, line: Line, tmp_pat
     with open_run(
         CONFIG, stage="train", settings={}, tags={}, directory=tmp_path, uri=uri
     ) as tracker:
-        until(lambda: run_id_of(tmp_path) and not waiting())
+        until(lambda: run_id_of(tmp_path) and not waiting(), PATIENCE)
         for write in (
             lambda: tracker.log_metrics({"loss": 2.0}, 1),
             lambda: tracker.log_image("samples", PICTURE, 1),
@@ -129,7 +123,7 @@ def test_an_answer_that_is_lost_doubles_nothing(server: int, line: Line, tmp_pat
             write()
             assert line.lost.wait(60)
             line.loses_answers = False
-            until(lambda: not waiting())
+            until(lambda: not waiting(), PATIENCE)
     run_id = run_id_of(tmp_path)
     assert steps_of(client, run_id) == [1]
     assert len({file.path.split(".")[0] for file in client.list_artifacts(run_id, "images")}) <= 2

@@ -7,7 +7,6 @@ then ends without a word.
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ from ray.cluster_utils import Cluster
 
 from pipelines.training.checkpoint_files import attempts, is_complete
 from tests.fixtures.datasets import TinyTokens, tiny_tokens
+from tests.fixtures.waiting import until
 
 RAY = Path(sys.executable).parent / "ray"
 EVERY, ASKED, STEPS = 200, 7, 600  # updates: planned checkpoints, questions, all
-LOOK = 0.02
 PATIENCE = 90.0  # seconds
 
 pytestmark = pytest.mark.timeout(400)
@@ -68,11 +67,11 @@ def complete_steps(output: Path) -> list[int]:
 
 
 def wait_for(job: "subprocess.Popen[bytes]", happened: Callable[[], bool], log: Path) -> None:
-    end = time.monotonic() + PATIENCE
-    while not happened():
-        assert job.poll() is None, f"the job ended:\n{log.read_text()[-4000:]}"
-        assert time.monotonic() < end, f"it did not happen:\n{log.read_text()[-4000:]}"
-        time.sleep(LOOK)
+    def said() -> str:
+        return f"the job ended with {job.poll()}, None: not yet:\n{log.read_text()[-4000:]}"
+
+    until(lambda: happened() or job.poll() is not None, PATIENCE, said)
+    assert job.poll() is None, said()
 
 
 def test_a_drained_node_costs_no_update_that_was_made_before_it_was_known(

@@ -3,9 +3,6 @@
 The file is the one of the repository; only paths, ports and counts are this machine's.
 """
 
-import subprocess
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +14,11 @@ import yaml  # type: ignore[import-untyped]
 from pipelines.sampling.keys import add_key
 from pipelines.training.weights import read_header, save_model
 from tests.fixtures.models import TINY, TinyModels, random_prior, tiny_models
-from tests.fixtures.ray_head import RayHead, free_ports, ray_head
+from tests.fixtures.ray_head import RayHead, free_ports, ray_head, status_of
+from tests.fixtures.waiting import asking, until
 from tests.integration.test_serve_config import config
 
-LOOK = 0.2  # seconds
-PATIENCE = 120.0
+PATIENCE = 120.0  # seconds
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -54,15 +51,7 @@ def here(models: TinyModels, prior: Path, port: int, keys: Path, file: Path) -> 
 
 
 def serve(head: RayHead, *arguments: str) -> str:
-    done = subprocess.run(
-        ["serve", *arguments, "--address", head.api],
-        env=head.environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=60,
-    )
+    done = head.run("serve", *arguments, "--address", head.api, seconds=60)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
@@ -76,27 +65,19 @@ def picture(url: str, key: str) -> httpx.Response:
     )
 
 
-def wait_until_ready(head: RayHead, url: str) -> None:
-    end = time.monotonic() + PATIENCE
-    while True:
-        try:
-            if httpx.get(f"{url}/readyz", timeout=10).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        assert time.monotonic() < end, serve(head, "status")
-        time.sleep(LOOK)
-
-
 def test_the_file_serves_is_updated_without_a_failed_request_and_ends(
     head: RayHead, models: TinyModels, tmp_path: Path
 ) -> None:
     (port,) = free_ports(1)
     url, keys = f"http://127.0.0.1:{port}", tmp_path / "keys.json"
     key = add_key(keys, "someone")
+
+    def status() -> str:
+        return serve(head, "status")
+
     first = here(models, models.prior, port, keys, tmp_path / "first.yaml")
     serve(head, "deploy", str(first))
-    wait_until_ready(head, url)
+    until(lambda: status_of(f"{url}/readyz") == 200, PATIENCE, status)
 
     assert picture(url, "wrong").status_code == 401
     answer = picture(url, key)
@@ -108,26 +89,14 @@ def test_the_file_serves_is_updated_without_a_failed_request_and_ends(
     metadata = read_header(models.prior, "prior")["metadata"]
     state = random_prior(TINY, seed=1).state_dict()
     save_model(other, kind="prior", config=TINY, state=state, metadata=metadata)
-    seen, stop = list[httpx.Response](), threading.Event()
-
-    def ask_on() -> None:
-        while not stop.is_set():
-            seen.append(picture(url, key))
-
-    asking = [threading.Thread(target=ask_on) for _ in range(2)]
-    for thread in asking:
-        thread.start()
-    try:
+    with asking(lambda: picture(url, key)) as seen:
         second = here(models, other, port, keys, tmp_path / "second.yaml")
         serve(head, "deploy", str(second))
-        end = time.monotonic() + PATIENCE
-        while not seen or seen[-1].json()["data"][0]["b64_json"] == before:
-            assert time.monotonic() < end, serve(head, "status")
-            time.sleep(LOOK)
-    finally:
-        stop.set()
-        for thread in asking:
-            thread.join()
+
+        def changed() -> bool:
+            return bool(seen) and seen[-1].json()["data"][0]["b64_json"] != before
+
+        until(changed, PATIENCE, status)
     assert {answer.status_code for answer in seen} == {200}
 
     serve(head, "shutdown", "--yes")

@@ -8,9 +8,8 @@ import dataclasses
 import io
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from pipelines.sampling.picture_source import ServingLimits
 from pipelines.training.weights import load_prior, save_model
 from tests.fixtures.models import TINY, TinyModels, random_prior, tiny_clip, tiny_models
 from tests.fixtures.ray_head import free_ports
+from tests.fixtures.waiting import asking, until
 
 DEADLINE_SECONDS = 8.0
 # Four slots take 16,384 steps for it, and no step of Python's takes less than half a millisecond.
@@ -82,15 +82,6 @@ def served(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 def pixels_of(item: dict[str, Any]) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))))
-
-
-def until(condition: Callable[[], bool], seconds: float = 30.0) -> float:
-    """Wait for something that another process does; how long it took."""
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < seconds
-        time.sleep(0.02)
-    return time.monotonic() - started
 
 
 def test_it_is_ready_and_says_how_it_does(served: Served) -> None:
@@ -214,23 +205,10 @@ def test_an_update_changes_the_pictures_and_no_request_fails(
     served: Served, tmp_path: Path
 ) -> None:
     before = served.ask(seed=7).json()["data"]
-    answers, stop = list[httpx.Response](), threading.Event()
-
-    def ask_on() -> None:
-        while not stop.is_set():
-            answers.append(served.ask(seed=7))
-
-    asking = [threading.Thread(target=ask_on) for _ in range(2)]
-    for thread in asking:
-        thread.start()
-    try:
+    with asking(lambda: served.ask(seed=7)) as answers:
         deployment.update(other_prior(served, tmp_path / "prior.safetensors", broken=False))
         after = len(answers)
         until(lambda: len(answers) > after + 4)
-    finally:
-        stop.set()
-        for thread in asking:
-            thread.join()
     assert [answer.text for answer in answers if answer.status_code != 200] == []
     # The old pictures first, the new ones last.
     assert answers[0].json()["data"] == before
