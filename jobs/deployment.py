@@ -14,7 +14,7 @@ from typing import Any
 
 from jobs import runtime
 from jobs.configs.serve_sampler import ServeSamplerJob
-from jobs.serving import trial
+from jobs.replicas import trial
 from jobs.serving_application import application, checked_files, sampler_settings
 from pipelines.data.storage import canonical_json, replace_file
 from pipelines.sampling.loading import CheckedFiles

@@ -13,14 +13,8 @@ import tyro
 from jobs import runtime
 from jobs.configs.serve_sampler import PRESETS, Scale, ServeSamplerJob
 from jobs.configs.train_prior import PRESETS as PRIOR_PRESETS
-from jobs.serving import (
-    Ingress,
-    IngressSettings,
-    ListeningIngress,
-    RerankerReplica,
-    SamplerReplica,
-    SamplerSettings,
-)
+from jobs.ingress import Ingress, IngressSettings, ListeningIngress
+from jobs.replicas import RerankerReplica, SamplerReplica, SamplerSettings
 from pipelines.sampling.access import AccessSettings, hosts_for
 from pipelines.sampling.loading import CheckedFiles, ModelFiles, check_files
 from pipelines.sampling.model_card import model_card

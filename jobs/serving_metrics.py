@@ -22,7 +22,7 @@ async def report_load(pieces: PieceSampler) -> None:
     cancelled = Counter("manray_pieces_cancelled", "Pieces whose caller left.")
     drawn = left = 0
     while True:
-        load = pieces.load()
+        load = await asyncio.to_thread(pieces.load)
         busy.set(load.busy)
         fill.set(load.busy / load.slots)
         waiting.set(load.waiting)

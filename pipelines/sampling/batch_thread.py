@@ -28,6 +28,11 @@ class Load:
     """Image tokens that came of them."""
 
 
+def load_of(batch: Batch) -> Load:
+    """How it is doing."""
+    return Load(batch.slots, batch.busy_slots, batch.waiting, batch.steps, batch.drawn)
+
+
 class BatchThread:
     """Steps a batch as long as there are orders; between steps it looks who came and who left."""
 
@@ -56,8 +61,7 @@ class BatchThread:
 
     def load(self) -> Load:
         """How the batch is doing now."""
-        batch = self._batch
-        return Load(batch.slots, batch.busy_slots, batch.waiting, batch.steps, batch.drawn)
+        return load_of(self._batch)
 
     def close(self) -> None:
         """End after the step that is running."""

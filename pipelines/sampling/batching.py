@@ -86,6 +86,8 @@ class Batch:
     def add(self, order: Order) -> None:
         """Let an order wait for slots. Raises ValueError if it is none that this prior can draw."""
         order.sampling.check(self.config.image_vocab_size)
+        order.text_tokens = order.text_tokens.to(self._tokens.device)
+        order.primed = order.primed.to(self._tokens.device)
         self.prior.check_tokens(
             order.text_tokens[None], order.text_tokens.new_zeros(1, self.config.image_len)
         )
@@ -245,7 +247,7 @@ class Batch:
         rows, rest = divmod(position, self.config.grid)
         drawn = position == self.config.image_len
         if rest == 0 and (drawn or (rows in order.moments and picture.index < order.shown)):
-            tokens = self._tokens[picture.rows[0], :position].cpu().clone()
+            tokens = self._tokens[picture.rows[0], :position].cpu().numpy().copy()
             order.tell(Drawn(picture.index, rows, tokens))
         if drawn:
             order.left -= 1

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pipelines.sampling.api import ImagesRequest
+from pipelines.sampling.batch_thread import BatchThread
+from pipelines.sampling.batching import Batch
 from pipelines.sampling.engine import Sampler
 from pipelines.sampling.openai_errors import SERVER_ERROR, ApiError
 from pipelines.sampling.packing import Precision
@@ -218,7 +220,8 @@ class SlotPictures(FanOut):
         precision: Precision = "fp32",
     ) -> None:
         """As many slots as the sampler draws candidates at once."""
-        self.pieces = PieceSampler(sampler, sampler.max_candidates, precision)
+        batch = Batch(sampler.packed, sampler.max_candidates, precision)
+        self.pieces = PieceSampler(sampler, BatchThread(batch))
 
         async def score(prompt: str, pictures: np.ndarray) -> np.ndarray:
             assert reranker is not None

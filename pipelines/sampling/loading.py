@@ -10,7 +10,10 @@ from models.prior import PriorConfig
 from models.stage_one import StageOneConfig
 from pipelines.data.storage import sha256_file
 from pipelines.data.tokenizer import CaptionTokenizer
-from pipelines.sampling.engine import Sampler, check_fit
+from pipelines.sampling.batching import Batch
+from pipelines.sampling.codec import Codec, check_fit
+from pipelines.sampling.engine import Sampler
+from pipelines.sampling.packing import PackedPrior, Precision
 from pipelines.training.weights import (
     STAGE_ONE,
     load_prior,
@@ -92,6 +95,22 @@ def load_sampler(files: ModelFiles, *, device: DeviceChoice, max_candidates: int
     dvae, _ = load_stage_one(files.dvae)
     tokenizer = CaptionTokenizer.from_file(files.tokenizer)
     return Sampler(prior.to(place), dvae.to(place), tokenizer, max_candidates=max_candidates)
+
+
+def load_codec(checked: CheckedFiles, *, device: DeviceChoice) -> Codec:
+    """What encodes prompts and decodes pictures; the prior is not loaded."""
+    dvae, _ = load_stage_one(checked.files.dvae)
+    tokenizer = CaptionTokenizer.from_file(checked.files.tokenizer)
+    return Codec(checked.prior, dvae.to(torch_device(device)), tokenizer)
+
+
+def load_batch(
+    prior: Path, *, device: DeviceChoice, slots: int, precision: Precision, threads: int
+) -> Batch:
+    """The slots of a prior, for a process that does nothing else: its CPU threads are set."""
+    torch.set_num_threads(threads)
+    loaded, _ = load_prior(prior)
+    return Batch(PackedPrior(loaded.to(torch_device(device)).eval()), slots, precision)
 
 
 def torch_device(choice: DeviceChoice) -> torch.device:

@@ -6,6 +6,7 @@ Letters: T text slots of a prompt, n image tokens that are given.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ class Drawn:
     """Which of the order's seeds."""
     rows: int
     """Rows of the grid that are drawn."""
-    tokens: Tensor  # int64 (rows · grid,)
+    tokens: np.ndarray  # int64 (rows · grid,)
 
 
 Tell = Callable[[Drawn | Exception], None]

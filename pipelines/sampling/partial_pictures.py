@@ -6,7 +6,7 @@ Letters: B pictures, K image tokens, H and W the picture's sides.
 import numpy as np
 from torch import Tensor
 
-from pipelines.sampling.engine import Sampler
+from pipelines.sampling.codec import Codec
 
 GREY = 128
 FIRST_SHARE = 5  # the first partial picture shows a fifth
@@ -24,14 +24,14 @@ def moments(given: int, grid: int, count: int) -> list[int]:
     return sorted({rows for rows in steps if rows < grid})
 
 
-def partial_pixels(sampler: Sampler, tokens: Tensor, rows: int) -> np.ndarray:
+def partial_pixels(codec: Codec, tokens: Tensor, rows: int) -> np.ndarray:
     """Pictures (B, H, W, 3) uint8 of the first rows of tokens (B, K); the rest is grey.
 
     The decoder looks a few rows ahead: it is shown the last row again.
     """
-    grid = sampler.prior.config.grid
+    grid = codec.prior_config.grid
     raster = tokens.view(-1, grid, grid).clone()
     raster[:, rows:] = raster[:, rows - 1 : rows]
-    pixels = sampler.decode(raster.flatten(1))
-    pixels[:, rows * sampler.image_size // grid :] = GREY
+    pixels = codec.decode(raster.flatten(1))
+    pixels[:, rows * codec.image_size // grid :] = GREY
     return pixels

@@ -9,17 +9,17 @@ from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from pipelines.sampling.api import ImagesRequest
-from pipelines.sampling.batch_thread import BatchThread, Load
-from pipelines.sampling.batching import Batch
+from pipelines.sampling.batch_thread import Load
+from pipelines.sampling.codec import Codec
 from pipelines.sampling.drawing import SamplingConfig, candidate_seed
-from pipelines.sampling.engine import Sample, Sampler
+from pipelines.sampling.engine import Sample
 from pipelines.sampling.orders import Drawn, Order, Tell
-from pipelines.sampling.packing import Precision
 from pipelines.sampling.partial_pictures import moments, partial_pixels
 from pipelines.sampling.picture_source import PartialPicture
 
@@ -67,15 +67,30 @@ def piece_of(request: ImagesRequest, indices: tuple[int, ...], seconds: float) -
     )
 
 
+class BatchHost(Protocol):
+    """What steps a batch: a thread of this process, or a process."""
+
+    error: Exception | None
+    """What ended it though nobody closed it."""
+
+    def add(self, order: Order) -> None: ...
+
+    def drop(self, order: Order) -> None: ...
+
+    def load(self) -> Load: ...
+
+    def close(self) -> None: ...
+
+
 class PieceSampler:
-    """Draws pieces in one batch, and makes pictures of tokens in a thread beside it.
+    """Draws pieces in one batch, and makes pictures of its tokens in a thread beside it.
 
     Each picture is decoded alone, so that its pixels do not depend on its neighbours either.
     """
 
-    def __init__(self, sampler: Sampler, slots: int, precision: Precision = "fp32") -> None:
-        self.sampler = sampler
-        self._batch = BatchThread(Batch(sampler.packed, slots, precision))
+    def __init__(self, codec: Codec, batch: BatchHost) -> None:
+        """The batch is closed with it."""
+        self.codec, self._batch = codec, batch
         self._decoding = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoder")
         self.cancelled = 0
         """Pieces whose caller left before they were done."""
@@ -121,29 +136,29 @@ class PieceSampler:
             self._batch.drop(order)
 
     def _order(self, piece: Piece, tell: Tell, deadline: float) -> Order:
-        grid, start = self.sampler.prior.config.grid, piece.start
+        grid, start = self.codec.prior_config.grid, piece.start
         given = torch.zeros(0, dtype=torch.int64) if start is None else torch.from_numpy(start)
         return Order(
-            text_tokens=self.sampler.encode_prompts([piece.prompt])[0],
+            text_tokens=self.codec.encode_prompts([piece.prompt])[0].cpu(),
             seeds=[candidate_seed(piece.seed, index) for index in piece.indices],
             sampling=piece.sampling,
             tell=tell,
-            primed=given.to(self.sampler.device),
+            primed=given,
             moments=frozenset(moments(len(given) // grid, grid, piece.partial_images)),
             shown=sum(index < piece.shown for index in piece.indices),
             deadline=deadline,
         )
 
     def _picture(self, piece: Piece, drawn: Drawn) -> PieceItem:
-        index = piece.indices[drawn.index]
-        if drawn.rows < self.sampler.prior.config.grid:
-            tokens = torch.zeros(1, self.sampler.prior.config.image_len, dtype=torch.int64)
-            tokens[0, : len(drawn.tokens)] = drawn.tokens
-            pixels = partial_pixels(self.sampler, tokens, drawn.rows)[0]
+        index, config = piece.indices[drawn.index], self.codec.prior_config
+        if drawn.rows < config.grid:
+            tokens = torch.zeros(1, config.image_len, dtype=torch.int64)
+            tokens[0, : len(drawn.tokens)] = torch.from_numpy(drawn.tokens)
+            pixels = partial_pixels(self.codec, tokens, drawn.rows)[0]
             return PartialPicture(index, drawn.rows, pixels)
-        pixels = self.sampler.decode(drawn.tokens[None])[0]
+        pixels = self.codec.decode(torch.from_numpy(drawn.tokens)[None])[0]
         seed = candidate_seed(piece.seed, index)
-        return FinishedPicture(index, Sample(pixels, drawn.tokens.numpy(), seed))
+        return FinishedPicture(index, Sample(pixels, drawn.tokens, seed))
 
 
 def _tell(

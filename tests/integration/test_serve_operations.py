@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from pipelines.sampling.diagnosis import NonFiniteLogits
 from pipelines.sampling.picture_source import ServingLimits
 from pipelines.training.weights import load_prior, save_model
 from tests.fixtures.models import TINY, TinyModels, random_prior, tiny_clip, tiny_models
+from tests.fixtures.processes import descendants, start_of
 from tests.fixtures.ray_head import free_ports
 from tests.fixtures.waiting import asking, until
 
@@ -157,19 +159,29 @@ def test_a_full_server_refuses_at_once_and_draws_on(served: Served) -> None:
     assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
 
 
-def test_a_sampler_that_is_killed_costs_no_request(served: Served) -> None:
-    """Its pieces are drawn again by the other one, from the same seeds."""
+def samplers() -> dict[int, int]:
+    """The processes of the sampler replicas that are up, and of their batches."""
     import ray
 
+    found = {}
+    for each in ray.util.list_named_actors(all_namespaces=True):
+        if "#sampler#" in each["name"]:
+            with suppress(ValueError, ray.exceptions.RayActorError):  # it has just ended
+                actor = ray.get_actor(each["name"], namespace="serve")
+                pid = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
+                for child in descendants(pid):
+                    if "batch_process" in Path(f"/proc/{child}/cmdline").read_text():
+                        found[pid] = child
+    return found
+
+
+@pytest.mark.parametrize("whose", ["the replica", "its batch"])
+def test_a_sampler_that_is_killed_costs_no_request(served: Served, whose: str) -> None:
+    """Its pieces are drawn again by the other one, from the same seeds."""
     wanted = served.ask(n=4, seed=30).json()["data"]
-    names = [
-        each["name"]
-        for each in ray.util.list_named_actors(all_namespaces=True)
-        if "#sampler#" in each["name"]
-    ]
-    assert len(names) == 2
-    actor = ray.get_actor(names[0], namespace="serve")
-    pid = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
+    until(lambda: len(samplers()) == 2)
+    sampler, batch = next(iter(samplers().items()))
+    pid = sampler if whose == "the replica" else batch
     with ThreadPoolExecutor(4) as threads:
         asked = [threads.submit(served.ask, n=4, seed=30) for _ in range(4)]
         until(lambda: served.metrics()["manray_slots_wanted"] > 0)
@@ -179,6 +191,7 @@ def test_a_sampler_that_is_killed_costs_no_request(served: Served) -> None:
     for answer in answers:
         for mine, other in zip(answer.json()["data"], wanted, strict=True):
             assert np.array_equal(pixels_of(mine), pixels_of(other))
+    until(lambda: start_of(sampler) is None and start_of(batch) is None)
 
 
 def other_prior(served: Served, file: Path, *, broken: bool) -> ServeSamplerJob:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from pipelines.sampling.api import ImagesRequest
+from pipelines.sampling.batch_thread import BatchThread
+from pipelines.sampling.batching import Batch
 from pipelines.sampling.drawing import SamplingConfig
 from pipelines.sampling.engine import Sampler
 from pipelines.sampling.fan_out import FanOut, SamplerGone, Samplers, SlotPictures
@@ -38,7 +40,7 @@ def sampler(tmp_path_factory: pytest.TempPathFactory) -> Sampler:
 
 @pytest.fixture(scope="module")
 def pieces(sampler: Sampler) -> Iterator[PieceSampler]:
-    pieces = PieceSampler(sampler, 4)
+    pieces = PieceSampler(sampler, BatchThread(Batch(sampler.packed, 4)))
     yield pieces
     pieces.close()
 

@@ -1,4 +1,4 @@
-"""The processes of the server: HTTP, samplers, rerankers; each is a Ray Serve deployment.
+"""The server's process that speaks HTTP: a Ray Serve deployment in front of those in `replicas.py`.
 
 Requests come to an `Ingress`, whose `FanOut` gives pieces of them to `SamplerReplica`s and pictures
 to `RerankerReplica`s. Arguments and results are those of the local pieces; a handle is a hop more.
@@ -6,36 +6,26 @@ to `RerankerReplica`s. Arguments and results are those of the local pieces; a ha
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jobs.listening import Listener
 from jobs.rate_limits import SharedBudget
-from jobs.serving_metrics import IngressMetrics, report_load, report_requests
+from jobs.serving_metrics import IngressMetrics, report_requests
 from pipelines.data.tokenizer import CaptionTokenizer
 from pipelines.sampling.access import Access, AccessSettings
 from pipelines.sampling.api import ServedModel
-from pipelines.sampling.batch_thread import Load
-from pipelines.sampling.drawing import SamplingConfig
-from pipelines.sampling.engine import check_prompt
+from pipelines.sampling.codec import check_prompt
 from pipelines.sampling.fan_out import SCORED_TOGETHER, FanOut, SamplerGone, Samplers
 from pipelines.sampling.http_app import Operations, build_app
 from pipelines.sampling.loading import (
-    DeviceChoice,
     ModelFiles,
-    check_files,
-    load_sampler,
-    torch_device,
 )
-from pipelines.sampling.packing import Precision
 from pipelines.sampling.picture_source import Busy, ServingLimits
-from pipelines.sampling.pieces import FinishedPicture, Piece, PieceItem, PieceSampler
-from pipelines.sampling.reranking import load_reranker
+from pipelines.sampling.pieces import Piece, PieceItem
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -43,29 +33,7 @@ if TYPE_CHECKING:
 PATIENCE_SECONDS = 5.0
 SECONDS_TO_MOVE = 2.0  # for clients that keep a connection, to the replica that takes over
 LARGEST_POOL = 512  # paper, 2.6
-FIRST_PIECE = Piece(
-    prompt="warm up",
-    indices=(0,),
-    seed=0,
-    sampling=SamplingConfig(),
-    start=None,
-    partial_images=0,
-    shown=0,
-    seconds=3600.0,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplerSettings:
-    """What a sampler replica needs to know; travels to it."""
-
-    files: ModelFiles
-    digests: Mapping[str, str]
-    """SHA-256 that the files had when they were chosen."""
-    device: DeviceChoice
-    threads: int
-    slots: int
-    precision: Precision
+MESSAGE_BYTES = 3 << 20  # of pictures: Serve lets 4 MB through between its processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,61 +53,21 @@ class IngressSettings:
     """Where the ingress listens itself; None: Ray Serve's proxies do."""
 
 
-class SamplerReplica:
-    """Draws pieces of requests."""
-
-    async def __init__(self, settings: SamplerSettings) -> None:  # type: ignore[misc]
-        """Verify, load, and draw one picture in the way that requests are drawn."""
-        self._pieces = load_pieces(settings)
-        await first_picture(self._pieces)
-        self._report = asyncio.create_task(report_load(self._pieces))
-
-    async def draw(self, piece: Piece) -> AsyncGenerator[PieceItem, None]:
-        """See `PieceSampler.draw`. Serve throws CancelledError into it when the caller leaves."""
-        async for item in self._pieces.draw(piece):
-            yield item
-
-    async def draw_whole(self, piece: Piece) -> list[PieceItem]:
-        """All of a piece at once: one message instead of one a picture."""
-        async with aclosing(self._pieces.draw(piece)) as items:
-            return [item async for item in items]
-
-    def first_rows(self, picture: np.ndarray, rows: int) -> np.ndarray:
-        """See `Sampler.first_rows`."""
-        return self._pieces.sampler.first_rows(picture, rows)
-
-    def load(self) -> Load:
-        """How the batch is doing."""
-        return self._pieces.load()
-
-    def check_health(self) -> None:
-        """Called by Serve, which replaces a replica that raises."""
-        self._pieces.check()
-
-
-class RerankerReplica:
-    """Scores pictures."""
-
-    def __init__(self, clip: Any, tokenizer: Any, device: DeviceChoice, threads: int) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
-        self._reranker = load_reranker(clip, tokenizer, torch_device(device))
-        side = self._reranker.clip.config.image_size
-        self._reranker.scores("warm up", np.zeros((1, side, side, 3), np.uint8))
-
-    def scores(self, prompt: str, pictures: np.ndarray) -> np.ndarray:
-        """See `Reranker.scores`."""
-        return self._reranker.scores(prompt, pictures)
-
-
 class Ingress:
     """Knows where pictures come from, and what is said over HTTP."""
 
     def __init__(self, settings: IngressSettings, samplers: Any, reranker: Any = None) -> None:
         _show_access_log()
+        # What fits goes by gRPC from process to process, which takes two milliseconds of CPU a
+        # request less than Ray's object store, and checks the cluster's token too.
+        picture_bytes = 3 * settings.model["image_size"] ** 2
         self._samplers, self._reranker = samplers, reranker
-        self._stream = samplers.options(stream=True)
+        if picture_bytes <= MESSAGE_BYTES:
+            self._samplers = samplers.options(
+                _by_reference=False, request_serialization="pickle", response_serialization="pickle"
+            )
+        self._stream = self._samplers.options(stream=True)
+        self._at_once = min(SCORED_TOGETHER, max(1, MESSAGE_BYTES // picture_bytes))
         self._metrics = IngressMetrics()
         self._source = FanOut(
             Samplers(
@@ -179,7 +107,7 @@ class Ingress:
             ReplicaUnavailableError,
         )
 
-        together = not piece.partial_images and len(piece.indices) <= SCORED_TOGETHER
+        together = not piece.partial_images and len(piece.indices) <= self._at_once
         draw = self._samplers.draw_whole if together else self._stream.draw
         answer, ended = draw.remote(piece), False
         try:
@@ -243,48 +171,3 @@ def _show_access_log() -> None:
     access.setLevel(logging.INFO)
     access.propagate = False
     access.handlers = [logging.StreamHandler()]
-
-
-def load_pieces(settings: SamplerSettings) -> PieceSampler:
-    """The sampler of files that still are what they were.
-
-    Raises ValueError if they are not, or do not belong together.
-    """
-    import torch
-
-    torch.set_num_threads(settings.threads)
-    checked = check_files(settings.files)
-    changed = [name for name, digest in settings.digests.items() if checked.digests[name] != digest]
-    if changed:
-        raise ValueError(
-            f"the model files must be those that were chosen, but {', '.join(changed)} changed "
-            "since: start the server again"
-        )
-    sampler = load_sampler(settings.files, device=settings.device, max_candidates=settings.slots)
-    return PieceSampler(sampler, settings.slots, settings.precision)
-
-
-async def first_picture(pieces: PieceSampler) -> float:
-    """Draw one picture and drop it; the seconds it took. Raises NonFiniteLogits.
-
-    Then the last tokens of as many as there are slots, one more of each than of the one before:
-    memory and kernels for every number of slots in use are had now, or are missing now.
-    """
-    started = time.monotonic()
-    async for item in pieces.draw(FIRST_PIECE):
-        assert isinstance(item, FinishedPicture)
-        tokens = item.sample.tokens
-    seconds = time.monotonic() - started
-
-    async def end(left: int) -> None:
-        async for _ in pieces.draw(replace(FIRST_PIECE, start=tokens[:-left])):
-            pass
-
-    lengths = range(pieces.load().slots)
-    await asyncio.gather(*(end(1 + length % (len(tokens) - 1)) for length in lengths))
-    return seconds
-
-
-def trial(settings: SamplerSettings) -> float:
-    """Load a model and draw a picture, in a process of its own; the seconds of the picture."""
-    return asyncio.run(first_picture(load_pieces(settings)))
