@@ -302,7 +302,8 @@ def test_ctrl_c_ends_serving_in_order(models: TinyModels, tmp_path: Path) -> Non
             said.append(text)
             if text.startswith("curl "):
                 break
-        assert httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200, said
+        assert text.startswith("curl "), "".join(said)[-4000:]
+        assert httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: Ray's processes get it too
         rest = process.stdout.read()
         assert process.wait(60) == 0, rest
