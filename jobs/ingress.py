@@ -21,9 +21,7 @@ from pipelines.sampling.api import ServedModel
 from pipelines.sampling.codec import check_prompt
 from pipelines.sampling.fan_out import SCORED_TOGETHER, FanOut, SamplerGone, Samplers
 from pipelines.sampling.http_app import Operations, build_app
-from pipelines.sampling.loading import (
-    ModelFiles,
-)
+from pipelines.sampling.loading import ModelFiles
 from pipelines.sampling.picture_source import Busy, ServingLimits
 from pipelines.sampling.pieces import Piece, PieceItem
 
@@ -58,16 +56,14 @@ class Ingress:
 
     def __init__(self, settings: IngressSettings, samplers: Any, reranker: Any = None) -> None:
         _show_access_log()
-        # What fits goes by gRPC from process to process, which takes two milliseconds of CPU a
-        # request less than Ray's object store, and checks the cluster's token too.
-        picture_bytes = 3 * settings.model["image_size"] ** 2
         self._samplers, self._reranker = samplers, reranker
-        if picture_bytes <= MESSAGE_BYTES:
+        if SCORED_TOGETHER * 3 * settings.model["image_size"] ** 2 <= MESSAGE_BYTES:
+            # By gRPC from process to process, which takes two milliseconds of CPU a request less
+            # than Ray's object store, and checks the cluster's token too.
             self._samplers = samplers.options(
                 _by_reference=False, request_serialization="pickle", response_serialization="pickle"
             )
         self._stream = self._samplers.options(stream=True)
-        self._at_once = min(SCORED_TOGETHER, max(1, MESSAGE_BYTES // picture_bytes))
         self._metrics = IngressMetrics()
         self._source = FanOut(
             Samplers(
@@ -107,7 +103,7 @@ class Ingress:
             ReplicaUnavailableError,
         )
 
-        together = not piece.partial_images and len(piece.indices) <= self._at_once
+        together = not piece.partial_images and len(piece.indices) <= SCORED_TOGETHER
         draw = self._samplers.draw_whole if together else self._stream.draw
         answer, ended = draw.remote(piece), False
         try:

@@ -134,7 +134,7 @@ class BatchProcess:
         self._on_end()
 
     def _ended(self) -> RuntimeError:
-        return RuntimeError(f"the batch's process ended with {self._end()}")
+        return RuntimeError(f"the batch's process {self.pid} ended with {self._end()}")
 
     def _end(self) -> int:
         """See to it that the process ends; its status."""

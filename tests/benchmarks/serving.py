@@ -38,6 +38,7 @@ from tests.fixtures.datasets import tiny_tokens
 from tests.fixtures.models import random_prior
 from tests.fixtures.processes import descendants
 from tests.fixtures.ray_head import free_ports
+from tests.fixtures.samplers import sampler_pids
 
 CLIENTS = 32
 BATCHES = (8, 16, 32, 64)
@@ -349,7 +350,7 @@ async def dropped(client: Client) -> dict[str, Any]:
 
 async def killed(client: Client) -> dict[str, Any]:
     """kill -9 of the only sampler under load."""
-    pid = await asyncio.to_thread(sampler_pid)
+    (pid,) = await asyncio.to_thread(sampler_pids)
     into, stop = Answers(), asyncio.Event()
 
     async def ask_on() -> None:
@@ -373,17 +374,6 @@ async def killed(client: Client) -> dict[str, Any]:
             "recovery_s": recovered,
         }
     }
-
-
-def sampler_pid() -> int:
-    """The process of the (first) sampler."""
-    import ray
-
-    actors = ray.util.list_named_actors(all_namespaces=True)
-    (name, *_) = [each["name"] for each in actors if "#sampler#" in each["name"]]
-    actor = ray.get_actor(name, namespace="serve")
-    pid: int = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
-    return pid
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from pipelines.training.weights import load_prior, save_model
 from tests.fixtures.models import TINY, TinyModels, random_prior, tiny_clip, tiny_models
 from tests.fixtures.processes import descendants, start_of
 from tests.fixtures.ray_head import free_ports
+from tests.fixtures.samplers import sampler_pids
 from tests.fixtures.waiting import asking, until
 
 DEADLINE_SECONDS = 8.0
@@ -170,18 +170,12 @@ def running() -> int:
 
 def samplers() -> dict[int, int]:
     """The processes of the sampler replicas that are up, and of their batches."""
-    import ray
-
-    found = {}
-    for each in ray.util.list_named_actors(all_namespaces=True):
-        if "#sampler#" in each["name"]:
-            with suppress(ValueError, ray.exceptions.RayActorError):  # it has just ended
-                actor = ray.get_actor(each["name"], namespace="serve")
-                pid = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
-                for child in descendants(pid):
-                    if "batch_process" in Path(f"/proc/{child}/cmdline").read_text():
-                        found[pid] = child
-    return found
+    return {
+        pid: child
+        for pid in sampler_pids()
+        for child in descendants(pid)
+        if "batch_process" in Path(f"/proc/{child}/cmdline").read_text()
+    }
 
 
 @pytest.mark.parametrize("whose", ["the replica", "its batch"])
