@@ -135,7 +135,8 @@ class Ingress:
 
     async def _not_ready(self) -> str:
         try:
-            await asyncio.wait_for(self._samplers.load.remote(), PATIENCE_SECONDS)
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                await self._samplers.load.remote()
         except Exception as error:  # whatever it is, nothing can be drawn
             return f"no sampler answers within {PATIENCE_SECONDS:g} s ({type(error).__name__})"
         return ""

@@ -41,8 +41,8 @@ class SharedBudget:
             self._actor.give_back.remote(holder, pictures)
 
     async def _take(self, holder: str, pictures: int) -> float:
-        answer = self._actor.take.remote(holder, pictures)
-        return float(await asyncio.wait_for(answer, PATIENCE_SECONDS))
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            return float(await self._actor.take.remote(holder, pictures))
 
     def _find(self) -> Any:
         import ray

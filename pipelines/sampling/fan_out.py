@@ -268,7 +268,8 @@ async def _next(
 
 async def _until(work: Awaitable[Ended], deadline: float) -> Ended:
     try:
-        return await asyncio.wait_for(work, deadline + SPARE_SECONDS - time.monotonic())
+        async with asyncio.timeout(deadline + SPARE_SECONDS - time.monotonic()):
+            return await work
     except TimeoutError:
         raise TooLate from None
 

@@ -32,7 +32,8 @@ async def read_body(request: Request, media_type: str, most_bytes: int, seconds:
             code="unknown_parameter",
         )
     try:
-        return await asyncio.wait_for(_read(request, most_bytes), seconds)
+        async with asyncio.timeout(seconds):
+            return await _read(request, most_bytes)
     except TimeoutError:
         raise ApiError(
             f"The body must arrive within {seconds:g} s.",

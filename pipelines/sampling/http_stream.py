@@ -135,7 +135,8 @@ async def _disconnected(receive: Receive) -> None:
 
 async def _within(sending: Awaitable[None]) -> None:
     try:
-        await asyncio.wait_for(sending, STALLED_SECONDS)
+        async with asyncio.timeout(STALLED_SECONDS):
+            await sending
     except TimeoutError:
         raise ClientGone from None
 

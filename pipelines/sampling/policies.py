@@ -64,7 +64,8 @@ class Policies:
 
     async def _check(self, kind: str, hook: Callable[[Any], Any], value: Any) -> None:
         try:
-            verdict = await asyncio.wait_for(asyncio.to_thread(hook, value), self._seconds)
+            async with asyncio.timeout(self._seconds):
+                verdict = await asyncio.to_thread(hook, value)
             if verdict is not None and (not isinstance(verdict, str) or not verdict):
                 raise TypeError(f"must answer None or a sentence, got {type(verdict).__name__}")
         except Exception as error:  # whatever it is, nothing may pass; the log has it

@@ -77,6 +77,11 @@ def test_what_runs_as_main_defines_no_class() -> None:
             assert not classes, name_of(file)
 
 
+def test_nothing_waits_with_what_forgets_that_it_was_cancelled() -> None:
+    """Python 3.11's `wait_for` does, if its work ends just then; `asyncio.timeout` does not."""
+    assert not [name_of(file) for file in SOURCES if "asyncio.wait_for" in file.read_text()]
+
+
 def test_the_list_of_verbs_that_must_not_import_each_other_is_whole() -> None:
     contracts = SETTINGS["tool"]["importlinter"]["contracts"]
     (listed,) = (c["modules"] for c in contracts if c["type"] == "independence")
