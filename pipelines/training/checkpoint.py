@@ -23,9 +23,10 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.utils._pytree import tree_leaves
 
 from pipelines.data.plan import OutputConflict, difference
-from pipelines.data.storage import NoSpace, create_once
+from pipelines.data.storage import NoSpace
 from pipelines.training import checkpoint_files
 from pipelines.training.failed_saves import FailedSaves, WholeWriter, reason_of
+from pipelines.training.hashed_files import Written
 
 WRITERS = 2  # files of a rank, and threads that write and hash them
 SPARE_BYTES = 16 << 20  # for what is small: progress, names, metadata
@@ -222,34 +223,24 @@ class Checkpoints:
 
     def _write(self, path: Path, staged: dict[str, Any], about: bytes, step: int) -> None:
         try:
-            dcp.save(
-                staged,
-                storage_writer=WholeWriter(path, sync_files=False, thread_count=WRITERS),
-                process_group=self._group,
-                no_dist=not self._group,
-            )
-            self._complete(path, about, step)
+            writer = WholeWriter(path, WRITERS)
+            group, alone = self._group, not self._group
+            dcp.save(staged, storage_writer=writer, process_group=group, no_dist=alone)
+            self._complete(path, about, step, writer.files.written)
             self._failures.forget(path.name)
         except (Exception, CheckpointException) as error:  # DCP's is no Exception
             self._error = OSError(f"{path}: {reason_of(error)}")
             if self._rank == 0 and not checkpoint_files.is_complete(path):
                 shutil.rmtree(path, ignore_errors=True)  # it may be what fills the disk
 
-    def _complete(self, path: Path, about: bytes, step: int) -> None:
+    def _complete(self, path: Path, about: bytes, step: int, own: dict[str, Written]) -> None:
         """When every rank's files are on the disk; an error of any rank is raised on all."""
-
-        def settle() -> dict[str, checkpoint_files.Written]:
-            if self._rank == 0:
-                create_once(path / checkpoint_files.PROGRESS, about)
-            return checkpoint_files.settle(path, self._rank)
-
-        files: dict[str, checkpoint_files.Written] = {}
-        for written, problem in self._gather(_attempt(settle)):
-            if problem:
-                raise problem
+        files: dict[str, Written] = {}
+        for written in self._gather(own):
             files |= written
 
         def declare() -> None:
+            files.update(checkpoint_files.write_progress(path, about))
             checkpoint_files.complete(path, step, files)
             checkpoint_files.remove_old(self.root, path, self.keep, self._refused)
 

@@ -4,25 +4,18 @@ The shards of torch.distributed.checkpoint, `progress.json`, and `COMPLETE`, wri
 every file's size and SHA-256.
 """
 
+import hashlib
 import json
-import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pipelines.data.storage import canonical_json, create_once, sha256_file
+from pipelines.training.hashed_files import Written
 
 COMPLETE = "COMPLETE"
 PROGRESS = "progress.json"
-METADATA = ".metadata"
-
-
-class Written(NamedTuple):
-    """A file as it was written."""
-
-    bytes: int
-    sha256: str
 
 
 def attempts(root: Path) -> list[Path]:
@@ -34,19 +27,10 @@ def is_complete(path: Path) -> bool:
     return (path / COMPLETE).exists()
 
 
-def settle(path: Path, rank: int) -> dict[str, Written]:
-    """Bring a rank's files to the disk, and hash them meanwhile; what was written, by name."""
-    own = [file for file in path.iterdir() if file.name.startswith(f"__{rank}_")]
-    if rank == 0:
-        own += [path / METADATA, path / PROGRESS]
-    with ThreadPoolExecutor(2 * len(own)) as pool:
-        # The disk is busy with what the processor has hashed already, or will.
-        synced = [pool.submit(_sync, file) for file in own]
-        hashes = list(pool.map(sha256_file, own))
-        for future in synced:
-            future.result()
-    pairs = zip(own, hashes, strict=True)
-    return {file.name: Written(file.stat().st_size, digest) for file, digest in pairs}
+def write_progress(path: Path, content: bytes) -> dict[str, Written]:
+    """Bring what is no tensor to the disk; what was written, by name."""
+    create_once(path / PROGRESS, content)
+    return {PROGRESS: Written(len(content), hashlib.sha256(content).hexdigest())}
 
 
 def complete(path: Path, step: int, files: dict[str, Written]) -> None:
@@ -111,8 +95,3 @@ def directory_name(step: int, token: str) -> str:
 
 def _name(step: int) -> str:
     return f"step-{step:08d}."
-
-
-def _sync(file: Path) -> None:
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())

@@ -1,6 +1,7 @@
 """That a checkpoint could not be saved: how it is found, why, and whether a training goes on."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
@@ -8,16 +9,23 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from pipelines.training.hashed_files import HashedFiles
+
 IN_A_ROW = 3
 """Failures that end a training: with each, more updates would be lost."""
 
 
 class WholeWriter(dcp.FileSystemWriter):
-    """Writes everything or fails.
+    """Writes everything or fails; what it has written is on the disk, and its hash known.
 
     DCP (torch 2.13) does not look at how its helper threads end: it would save a checkpoint without
     what they had to write.
     """
+
+    def __init__(self, path: Path, threads: int) -> None:
+        """As many files as threads, for each rank."""
+        super().__init__(path, sync_files=False, thread_count=threads)
+        self.files = self.fs = HashedFiles()
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:
