@@ -8,6 +8,7 @@ from typing import Any
 from jobs import runtime
 from jobs.claimed_output import make_once
 from jobs.progress import FollowMetrics
+from jobs.ray_session import ray_session
 from pipelines.data.storage import sha256_file
 from pipelines.training import tracking
 from pipelines.training.run_directory import read_result
@@ -52,7 +53,7 @@ def training_run(
     """
     uri = runtime.tracking_uri()
     with (
-        runtime.ray_session(),
+        ray_session(),
         tracking.open_run(
             config, stage=stage, settings=settings, tags=tags, directory=output, uri=uri
         ),

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
-from jobs import runtime
 from jobs.configs.serve_sampler import ServeSamplerJob
+from jobs.ray_session import ray_session
 from jobs.replicas import trial
 from jobs.serving_application import application, checked_files, sampler_settings
 from pipelines.data.storage import canonical_json, replace_file
@@ -34,7 +34,7 @@ def serve_in_background(job: ServeSamplerJob) -> Iterator[str]:
     """
     check_port(job)
     checked = checked_files(job)
-    with runtime.ray_session():
+    with ray_session():
         from ray import serve
 
         _quiet()
@@ -74,7 +74,7 @@ def update(job: ServeSamplerJob) -> str:
     requests end.
     """
     checked = checked_files(job)
-    with runtime.ray_session():
+    with ray_session():
         import ray
         from ray import serve
 

@@ -10,6 +10,7 @@ from typing import Any
 from jobs import runtime, shards
 from jobs.configs.encode_pairs import PRESETS, EncodePairsJob
 from jobs.encoding_actors import encode_shards
+from jobs.ray_session import FOR_EVERY_JOB
 from pipelines.data import estimates
 from pipelines.data.encoding import STAGE, TOKEN_BYTES, EncodingPlan, plan_encoding
 from pipelines.data.picture_blocks import cut_sample
@@ -65,9 +66,7 @@ def encode(job: EncodePairsJob) -> dict[str, Any]:
         "tokenizer": job.tokenizer.parent,
     }
     work = partial(encode_shards, job, plan)
-    return shards.run_stage(
-        job, plan.writer, work, parents=parents, least_cpus=runtime.FOR_EVERY_JOB
-    )
+    return shards.run_stage(job, plan.writer, work, parents=parents, least_cpus=FOR_EVERY_JOB)
 
 
 def _plan(job: EncodePairsJob) -> EncodingPlan:

@@ -22,6 +22,7 @@ from jobs import deployment, runtime
 from jobs.configs.quickstart import PRESETS, QuickstartJob
 from jobs.configs.serve_sampler import ServeSamplerJob
 from jobs.quickstart_line import DATASETS, PROMPTS, Clock, line_of, model_files, stages_of
+from jobs.ray_session import shared_ray
 from pipelines.corpus.web import CorpusWeb
 from pipelines.data.stage import Manifest
 from pipelines.data.storage import canonical_json, replace_file
@@ -45,7 +46,7 @@ def run(job: QuickstartJob) -> dict[str, Any]:
     _check_port(job)
     job.output.mkdir(parents=True, exist_ok=True)
     clock = Clock(job.output / ".seconds.json")
-    with CorpusWeb(job.web_port, job.pictures) as web, runtime.shared_ray():
+    with CorpusWeb(job.web_port, job.pictures) as web, shared_ray():
         web.url_list(job.output / "urls.parquet")
         for stage in stages_of(job):
             print(f"\n── {stage.name}", flush=True)

@@ -1,4 +1,4 @@
-"""What every job does the same way: parse, say, connect, end with a code.
+"""What every job does the same way: parse, say, end with a code.
 
 Exit codes: 0 done (or nothing to do), 1 failed, 2 refused (a flag, a preset or an input is wrong
 and nothing was written), 75 stopped by SIGTERM after a checkpoint, 130 interrupted (run the same
@@ -8,15 +8,11 @@ line again to go on, after both).
 import difflib
 import errno
 import json
-import logging
 import os
-import secrets
 import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,12 +42,6 @@ QUIET_ENVIRONMENT = {
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a limit of the process
 STOPPED = 75  # sysexits.h: try again later
-FOR_EVERY_JOB = 4  # logical processors
-OBJECT_STORE_BYTES = 256 * 1024 * 1024
-
-# State of this process: whether it started Ray, and whether jobs share it.
-_ray_is_ours: list[bool] = []
-_sharing: list[bool] = []
 
 Body = Callable[[Any], dict[str, Any]]
 Plan = Callable[[Any], list[str]]
@@ -146,73 +136,6 @@ def set_environment() -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
-@contextmanager
-def ray_session(num_cpus: int = FOR_EVERY_JOB) -> Iterator[None]:
-    """Use the Ray that runs (this process's, or RAY_ADDRESS's), else a private one on this machine.
-
-    `num_cpus` is the least number of logical processors of the private one: a pipeline's stages
-    hold one each, and with fewer than four of them a two-worker training or a streaming read can
-    wait for itself for ever. Jobs that share one get four.
-    """
-    import ray
-
-    if not ray.is_initialized():
-        _start_ray(max(num_cpus, FOR_EVERY_JOB) if _sharing else num_cpus)
-        _ray_is_ours.append(True)
-    elif not _ray_is_ours:  # a test's, say: its owner ends it
-        yield
-        return
-    try:
-        yield
-    finally:
-        if not _sharing:
-            _ray_is_ours.clear()
-            ray.shutdown()
-
-
-@contextmanager
-def shared_ray() -> Iterator[None]:
-    """Within it, the first `ray_session` starts Ray and the later ones use the same."""
-    _sharing.append(True)
-    try:
-        yield
-    finally:
-        _sharing.clear()
-        if _ray_is_ours:
-            import ray
-
-            _ray_is_ours.clear()
-            ray.shutdown()
-
-
-def _start_ray(num_cpus: int) -> None:
-    import ray
-
-    if os.environ.get("RAY_ADDRESS", "local") != "local":
-        ray.init(logging_level=logging.WARNING)
-    else:
-        _make_private_token()
-        ray.init(
-            address="local",
-            num_cpus=max(num_cpus, os.cpu_count() or 1),
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-            _temp_dir=_temporary_directory(),
-        )
-
-
-def _make_private_token() -> None:
-    """Ray 2.60 would make the token itself, readable by everybody on the machine."""
-    default = Path.home() / ".ray" / "auth_token"
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or default)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)
-        path.write_text(secrets.token_hex(32))
-
-
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, or the SQLite file under runs/ of the current directory."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
@@ -269,13 +192,6 @@ def _root_cause(error: BaseException) -> BaseException:
 
 def _is_wrapper(error: BaseException) -> bool:
     return type(error).__module__.partition(".")[0] == "ray"
-
-
-def _temporary_directory() -> str:
-    """A short path: Ray puts unix sockets below it, whose names may have 107 characters."""
-    return os.environ.get("RAY_TMPDIR") or str(
-        Path(tempfile.gettempdir()) / f"manray-{os.getuid()}"
-    )
 
 
 def _plain(value: Any) -> Any:

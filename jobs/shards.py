@@ -11,6 +11,7 @@ from typing import Any
 from jobs import runtime
 from jobs.configs.job import Job
 from jobs.progress import Progress
+from jobs.ray_session import ray_session
 from pipelines.data import bad_files, garbage, plan
 from pipelines.data.bad_files import BadFile
 from pipelines.data.stage import DatasetWriter, Manifest
@@ -127,7 +128,7 @@ def _run(
         with ExitStack() as session:
             figures: Mapping[str, float] = {}
             if pending := writer.pending():
-                session.enter_context(runtime.ray_session(least_cpus))
+                session.enter_context(ray_session(least_cpus))
                 figures = work(pending)
             # While Ray stands, so that MLflow is told while Ray takes its second to end.
             manifest = writer.seal()

@@ -65,17 +65,13 @@ def private_directory() -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(private_directory: Path) -> Iterator[None]:
+def ray_cluster() -> Iterator[None]:
     """A local Ray of four logical processors, shared by the whole session."""
     import ray
 
-    ray.init(
-        num_cpus=RAY_CPUS,
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        log_to_driver=False,
-        _temp_dir=str(private_directory / "ray"),
-    )
+    from jobs.ray_session import start_local_ray
+
+    start_local_ray(RAY_CPUS, OBJECT_STORE_BYTES)
     yield
     ray.shutdown()
 

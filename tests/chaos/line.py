@@ -18,7 +18,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from jobs import download_pairs, filter_pairs, runtime, shards
+from jobs import download_pairs, filter_pairs, shards
 from pipelines.data import s3, s3_lease
 from pipelines.data.stage import DatasetWriter
 from tests.chaos import broken
@@ -86,7 +86,7 @@ def _run(line: Line) -> None:
     nurseries: list[Connection] = []
     while len(nurseries) < WORKERS:  # before there is a thread that a fork would not have
         nurseries.append(_nursery(line, nurseries))
-    runtime.ray_session = contextlib.nullcontext  # type: ignore[assignment]
+    shards.ray_session = contextlib.nullcontext  # type: ignore[assignment]
     shards.commit_each = partial(_with_processes, nurseries)
     steps = Steps(line.driver).install()
     code = VERBS[line.verb].main(line.arguments)

@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[2]
 # The jobs share a Ray that knows the server from its start: the tests' own does not.
 LINE = """
 import importlib, json, sys
-from jobs import runtime
-with runtime.shared_ray():
+from jobs.ray_session import shared_ray
+with shared_ray():
     for verb, *arguments in json.load(sys.stdin):
         if code := importlib.import_module(f"jobs.{verb}").main(["tiny", *arguments]):
             sys.exit(code)
