@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.utils.serialization import config
 
 SYNC_BYTES = 32 << 20
 """Written since the last time, so that it is worth while to ask the disk for them."""
@@ -41,7 +42,12 @@ class HashedFiles(FileSystem):
         """A new file. Raises what the disk says, a late word on an early part too."""
         if mode != "wb":
             raise ValueError(f"mode must be 'wb', got {mode!r}: this only writes")
-        with Path(path).open(mode) as file, ThreadPoolExecutor(1) as syncing:
+        with (
+            Path(path).open(mode) as file,
+            ThreadPoolExecutor(1) as syncing,
+            # The SHA-256 finds more.
+            config.patch("save.compute_crc32", False),  # type: ignore[attr-defined]
+        ):
             stream = _HashedStream(file, syncing)
             yield stream
             self.written[Path(path).name] = stream.settled()
