@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from models.prior import Prior
+from pipelines.training.late_collectives import gather_late, reduce_late
 from pipelines.training.power_sgd import PowerSGDConfig
 
 BETWEEN, WITHIN = "between_groups", "within_group"
@@ -102,7 +103,14 @@ def shard_prior(
         reshard_after_forward=not config.keep_gathered,
         ignored_params=vectors,
     )
-    _prefetch(prior)
+    on_cpu = device.type == "cpu"
+    _prefetch(prior, all_at_once=on_cpu and config.keep_gathered)
+    if on_cpu:
+        units = [module for module in prior.modules() if isinstance(module, FSDPModule)]
+        gather_late(units)
+        if world_size == shards and not config.power_sgd.enabled:
+            # Those that are kept gathered make room one after the other in the backward pass.
+            reduce_late(units, at_most=len(units) if config.keep_gathered else 2)
     return mesh
 
 
@@ -136,8 +144,15 @@ def sharded_dimension(shape: Sequence[int], shards: int) -> int:
     return int(len(shape) == 2 and shape[1] > shape[0] and shape[1] % shards == 0)
 
 
-def _prefetch(prior: Prior) -> None:
-    """Gather the next resblock while one computes, in both directions (paper, section 2.5)."""
+def _prefetch(prior: Prior, *, all_at_once: bool) -> None:
+    """Gather the next resblock while one computes, in both directions (paper, section 2.5).
+
+    Or all of them before the first, if all will be there in the end: nobody waits for them then.
+    """
+    if all_at_once:
+        assert isinstance(prior, FSDPModule)
+        prior.set_modules_to_forward_prefetch(list(prior.resblocks))  # type: ignore[arg-type]
+        return
     for before, after in itertools.pairwise(prior.resblocks):
         assert isinstance(before, FSDPModule)
         assert isinstance(after, FSDPModule)

@@ -20,6 +20,7 @@ UPDATES = 3
 HYBRID = ShardingConfig(group_size=2)
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one group": {"sharding": ShardingConfig(group_size=4)},
+    "one group kept gathered": {"sharding": ShardingConfig(group_size=4, keep_gathered=True)},
     "two groups": {"sharding": HYBRID},
     "four replicas": {"sharding": ShardingConfig(group_size=1)},
     "kept gathered": {"sharding": replace(HYBRID, keep_gathered=True)},
