@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.distributed.fsdp import FSDPModule
 
+# Its name from torch 2.13 on, and the one before.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def gather_late(units: Sequence[FSDPModule]) -> None:
     """Let weights that were asked for before their turn come meanwhile."""
@@ -25,9 +28,9 @@ def reduce_late(units: Sequence[FSDPModule], at_most: int) -> None:
     """Let gradients be reduced beside the backward pass; they are when it returns.
 
     `at_most` units are under way at a time, whose whole gradients are in memory. For units in fp32
-    that are sharded over one group, without a hook: FSDP must do nothing with a reduced gradient,
-    neither cast it nor reduce it between groups. Nor may there be gradients from a backward pass
-    before, to which it would add.
+    that are sharded over one group, and for gradients without hooks: FSDP must do nothing with a
+    reduced gradient, neither cast it nor reduce it between groups nor show it to a hook. Nor may
+    there be gradients from a backward pass before, to which it would add.
     """
     reductions = _LateReductions(at_most)
     for unit in units:
@@ -54,9 +57,7 @@ class _LateReductions:
     ) -> None:
         Variable._execution_engine.queue_callback(self._finish)
         self._wait_until(self._at_most - 1)
-        work = dist.reduce_scatter_tensor(
-            output_tensor, input_tensor, op=op, group=group, async_op=True
-        )
+        work = reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=True)
         assert work is not None
         self._under_way.append((work, input_tensor))  # which FSDP would let go of
 

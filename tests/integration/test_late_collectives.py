@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from pipelines.training import late_collectives
 from pipelines.training.sharding import ShardingConfig
 from tests.fixtures.ranks import on_ranks
 from tests.fixtures.tiny_training import tiny_training, train_tiny
@@ -52,7 +53,8 @@ class Watched:
 def _train(keep_gathered: bool) -> dict[str, Any]:
     sharding = ShardingConfig(group_size=2, keep_gathered=keep_gathered)
     watch = Watch()
-    with patch.object(dist, "reduce_scatter_tensor", watch.over(dist.reduce_scatter_tensor)):
+    watched = watch.over(late_collectives.reduce_scatter)
+    with patch.object(late_collectives, "reduce_scatter", watched):
         trained = train_tiny(tiny_training(sharding=sharding), UPDATES, batches=UPDATES)
     return trained | {"watch": watch}
 

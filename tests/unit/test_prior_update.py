@@ -18,6 +18,7 @@ from pipelines.training.gradient_norms import parameter_blocks, squared_norms
 from pipelines.training.optimizer import PriorOptimizerConfig
 from pipelines.training.parallelize import local, resblock_gradients
 from pipelines.training.prior_trainer import PriorTrainer, PriorTraining
+from pipelines.training.token_loader import TokenBatch
 from tests.fixtures.ranks import run_ranks
 from tests.unit.test_prior_training import MODEL, STEPS, Batches, Killed, run, same, training
 
@@ -149,12 +150,16 @@ def _one_shard_overflows(rank: int, path: Path) -> None:
     before = {name: local(value).clone() for name, value in weights(trainer).items()}
     parameter = trainer.prior.resblocks[2].attn.c_attn.weight
 
-    def overflow(sharded: Tensor) -> None:
-        """After the reduce-scatter, in one rank's shard only."""
-        if rank == 1:
-            local(sharded.grad).view(-1)[0] = float("inf")  # type: ignore[arg-type]
+    backward = trainer._backward
 
-    parameter.register_post_accumulate_grad_hook(overflow)
+    def overflow(batch: TokenBatch) -> Tensor:
+        """After the reduce-scatter, in one rank's shard only."""
+        losses = backward(batch)
+        if rank == 1:
+            local(parameter.grad).view(-1)[0] = float("inf")  # type: ignore[arg-type]
+        return losses
+
+    trainer._backward = overflow  # type: ignore[method-assign]
     metrics = trainer.update(loader.batch(1))
     after = {name: local(value).clone() for name, value in weights(trainer).items()}
     torch.save(
