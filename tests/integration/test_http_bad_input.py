@@ -399,9 +399,8 @@ def test_a_dropped_connection_ends_the_drawing(
             while 6 not in busy:
                 time.sleep(0.01)
         assert post(url, {"prompt": "cat"}).status_code == 200
-    # All but the moment that a connection takes.
-    assert busy.count(6) < 64 // 2
-    assert busy.count(1) >= 64 // 2
+    assert busy.count(6) < 20
+    assert busy.count(1) >= 64 - 10
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -345,7 +345,7 @@ def test_a_stream_says_that_it_is_there_and_then_how_it_failed(sampler: Sampler)
     assert caught.value.code == "deadline_exceeded"
 
 
-def test_a_stream_that_is_closed_ends_the_drawing(
+def test_a_stream_that_is_closed_ends_the_drawing_within_one_step(
     sampler: Sampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy: list[int] = []
@@ -362,5 +362,5 @@ def test_a_stream_that_is_closed_ends_the_drawing(
         stream.close()
         assert client.images.generate(prompt="cat").data
     # The four were gone, but for the moment that a connection takes, when the one was drawn.
-    assert busy.count(4) < 64 // 2
-    assert busy.count(1) >= 64 // 2
+    assert busy.count(4) < 64 // 4 + 10
+    assert busy.count(1) >= 64 - 10
