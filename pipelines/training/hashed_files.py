@@ -83,9 +83,6 @@ class _HashedStream(io.RawIOBase):
     def tell(self) -> int:
         return self._bytes
 
-    def flush(self) -> None:
-        """Nothing is held back that must not be: `settled` does it."""
-
     def settled(self) -> Written:
         """All of it is on the disk."""
         self._sync.result()

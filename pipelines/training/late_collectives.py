@@ -55,6 +55,7 @@ class _LateReductions:
         op: Any,
         async_op: bool = False,
     ) -> None:
+        # Each time: some may still be there of a backward pass that failed.
         Variable._execution_engine.queue_callback(self._finish)
         self._wait_until(self._at_most - 1)
         work = reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=True)
