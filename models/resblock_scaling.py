@@ -8,7 +8,7 @@ the stream. Parameters' gradients come out multiplied by their block's scale too
 checks them, divides them and moves the scales. None of it asks the device for a number.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,16 +63,12 @@ class ResblockScales:
         # Updates since a scale was divided last; "long ago" at the start.
         self.rested = torch.full((n_resblocks,), config.patience, device=device)
 
-    def unscale_(
-        self,
-        gradients: Sequence[Sequence[Tensor]],
-        all_reduce_max: Callable[[Tensor], Tensor] = lambda flags: flags,
-    ) -> Tensor:
-        """Divide every block's gradients by its scale, move the scales; (K,) 1.0 where not finite.
+    def unscale_(self, gradients: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Divide every block's gradients by its scale; (K,) fp32, 1.0 where one is not finite.
 
-        `gradients` holds each block's gradients (a rank's own shards), `all_reduce_max` takes the
-        flags' maximum over the ranks. The paper skips the whole update if any flag is set: the
-        caller does.
+        `gradients` holds each block's gradients (a rank's own shards). The paper skips the whole
+        update if any flag is set on any rank: the caller does, and moves the scales by the flags of
+        all.
         """
         flags = torch.zeros_like(self.values)
         inverse = self.values.reciprocal()
@@ -84,9 +80,6 @@ class ResblockScales:
                     flags[block : block + 1],
                     inverse[block],
                 )
-        # One all-reduce for all flags: one per block would wait on the network n_resblocks times.
-        flags = all_reduce_max(flags)
-        self.move(flags > 0)
         return flags
 
     def move(self, overflowed: Tensor) -> None:

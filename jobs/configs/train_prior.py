@@ -70,7 +70,7 @@ TINY = TrainPriorJob(
         averaging=AveragingConfig(decay=0.8, every=5),
         bpe_dropout=0.0,  # 256 captions, learned by heart
         recompute="none",
-        sharding=ShardingConfig(keep_gathered=True),
+        sharding=ShardingConfig(group_size=1),  # each worker has room for the whole model
     ),
     cadence=Cadence(log_every=10, checkpoint_every=60, sample_every=180),
     workers=WorkersConfig(num_workers=2),

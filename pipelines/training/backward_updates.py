@@ -24,8 +24,8 @@ from pipelines.training.gradient_norms import BlockGradients, parameter_blocks
 class BackwardUpdates:
     """Hooks that update a prior of one process while its gradients are made.
 
-    With `scales` the gradients of a resblock come multiplied by its scale, and the scales move in
-    `finish`. Parameters outside of resblocks are updated one by one.
+    With `scales` the gradients of a resblock come multiplied by its scale. Parameters outside of
+    resblocks are updated one by one.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class BackwardUpdates:
         self._start()
 
     def finish(self) -> BlockGradients:
-        """After the backward pass: what was found, by resblock; moves the scales."""
+        """After the backward pass: what was found, by resblock."""
         if late := [unit for unit, missing in enumerate(self._missing) if missing]:
             raise RuntimeError(
                 f"every parameter must have a gradient to be updated, units {late} lack some; "
@@ -53,8 +53,6 @@ class BackwardUpdates:
             )
         inside = slice(0, self.n_resblocks)
         outside = slice(self.n_resblocks, None)
-        if self.scales is not None:
-            self.scales.move(self._overflowed[inside] > 0)
         found = BlockGradients(
             torch.cat((self._overflowed[inside], self._overflowed[outside].amax(0, keepdim=True))),
             torch.cat((self._squares[inside], self._squares[outside].sum(0, keepdim=True))),

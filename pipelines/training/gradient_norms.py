@@ -15,7 +15,7 @@ class BlockGradients(NamedTuple):
     """What one backward pass left, on the device: K resblocks, and last all that is outside."""
 
     overflowed: Tensor
-    """(K + 1,) fp32, the same on all ranks: 1.0 where a gradient is not finite."""
+    """(K + 1,) fp32: 1.0 where a gradient is not finite on this rank."""
     squares: Tensor
     """(K + 1,) fp32: squared norms, whose mean over the ranks is that of the whole gradients."""
 

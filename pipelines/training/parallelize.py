@@ -1,6 +1,6 @@
 """Building a prior over many processes: meta → recompute → shard → materialise → initialise."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.prior import Prior, PriorConfig, Resblock, initial_values
 from models.resblock_scaling import ResblockScales
+from pipelines.training.gradient_means import GradientMeans
 from pipelines.training.power_sgd import PowerSGD
 from pipelines.training.sharding import BETWEEN, ShardingConfig, shard_prior
 
@@ -97,17 +98,21 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def all_reduce(op: str) -> Callable[[Tensor], Tensor]:
-    """The reduction of a small tensor over the ranks: "max" or "avg"."""
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """A small tensor's mean; `values` is not to be used again."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    dist.all_reduce(values)  # gloo has no average
+    return values / dist.get_world_size()
 
-    def reduce(values: Tensor) -> Tensor:
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return values
-        # gloo has no average.
-        dist.all_reduce(values, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
-        return values if op == "max" else values / dist.get_world_size()
 
-    return reduce
+def gradient_means(prior: Prior) -> GradientMeans:
+    """Of the parameters that are whole on every rank, which FSDP does not know of."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return GradientMeans([])
+    whole = [p for p in prior.parameters() if not isinstance(p, DTensor)]
+    # Beside shards they are few.
+    return GradientMeans(whole, messages=1 if isinstance(prior, FSDPModule) else 8)
 
 
 def _assign(parameter: nn.Parameter, value: Tensor) -> None:

@@ -26,10 +26,11 @@ from pipelines.training.parallelize import (
     Recompute,
     build_prior,
     full,
+    gradient_means,
     plain_named_parameters,
 )
 from pipelines.training.prior_updates import PriorUpdates
-from pipelines.training.sharding import ShardingConfig, reduce_vectors
+from pipelines.training.sharding import ShardingConfig
 from pipelines.training.spikes import DataPosition, SpikeConfig, SpikeDetector
 from pipelines.training.token_loader import TokenBatch
 from pipelines.training.validation import HeldOut, held_out_losses
@@ -131,6 +132,7 @@ class PriorTrainer:
             sharding=training.sharding,
             branch_dtype=DTYPES.get(training.precision),
         )
+        self.means = gradient_means(self.prior)
         self.optimizer = build_optimizer(self.prior, training.optimizer)
         self.step_size = StepSize(training.optimizer, training.steps)
         self.average = IterateAverage(self._masters(), training.averaging)
@@ -190,13 +192,14 @@ class PriorTrainer:
         micro_batches = list(_split(batch, parts, self.device))
         losses = torch.zeros(3, device=self.device)
         for index, micro in enumerate(micro_batches):
+            self.means.collects = index == parts - 1
             if isinstance(self.prior, FSDPModule):
                 self.prior.set_requires_gradient_sync(index == parts - 1)
             with self._autocast():
                 loss = self.prior(micro.text_tokens, micro.image_tokens)
             (loss.total / parts).backward()
             losses += torch.stack([value.detach() for value in loss]) / parts
-        reduce_vectors(self.prior)
+        self.means.finish()
         return losses
 
     def _masters(self) -> Iterator[tuple[str, Tensor]]:

@@ -18,7 +18,12 @@ from pipelines.training.gradient_norms import (
     squared_norms,
 )
 from pipelines.training.optimizer import PriorOptimizerConfig
-from pipelines.training.parallelize import all_reduce, attach_scales, local, resblock_gradients
+from pipelines.training.parallelize import (
+    attach_scales,
+    local,
+    mean_over_ranks,
+    resblock_gradients,
+)
 
 
 class Measured(NamedTuple):
@@ -73,15 +78,21 @@ class PriorUpdates:
         """
         found = self._check()
         asked = losses.new_full((1,), float(stop))
-        sums = all_reduce("avg")(torch.cat((found.squares, losses, asked)))
-        norms = sums[: len(self.blocks)].sqrt()
+        # One message: one for each would wait for the slowest rank every time.
+        parts = (found.squares, found.overflowed, losses, asked)
+        squares, overflowed, means, asked = mean_over_ranks(torch.cat(parts)).split(
+            [len(part) for part in parts]
+        )
+        norms, flags = squares.sqrt(), overflowed > 0
         self._norms = norms[:-1]
-        self._overflows += found.overflowed[:-1]
-        overflowed, norm, *means = torch.cat(
-            (found.overflowed.amax(0, True), norms.norm()[None], sums[len(self.blocks) :])
+        self._overflows += flags[:-1]
+        if self.scaled:
+            self.scales.move(flags[:-1])
+        any_overflowed, norm, *losses_and_stop = torch.cat(
+            (flags.any(0, True), norms.norm()[None], means, asked)
         ).tolist()
-        total, text, image, stop_share = means
-        finite = not overflowed and math.isfinite(norm)
+        total, text, image, stop_share = losses_and_stop
+        finite = not any_overflowed and math.isfinite(norm)
         return Measured(finite, norm, (total, text, image), stop_share > 0)
 
     def apply(self, measured: Measured) -> None:
@@ -109,6 +120,5 @@ class PriorUpdates:
             return self._inside.finish()
         overflowed = torch.zeros(len(self.blocks), device=self.scales.values.device)
         if self.scaled:
-            gradients = resblock_gradients(self.prior)
-            overflowed[:-1] = self.scales.unscale_(gradients, all_reduce("max"))
+            overflowed[:-1] = self.scales.unscale_(resblock_gradients(self.prior))
         return BlockGradients(overflowed, squared_norms(self.blocks))

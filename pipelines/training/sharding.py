@@ -2,13 +2,15 @@
 
 Workers are cut into groups of `group_size`, in the order of their ranks: those of a machine. A
 group holds the weights once, each worker a shard; the groups are replicas of each other (paper,
-section 2.5). With one group only that is plain FSDP, with several it is hybrid sharding.
+section 2.5). With one group only that is plain FSDP, with several it is hybrid sharding. In groups
+of one nothing is sharded: the workers send each other gradients and nothing else
+(`gradient_means.py`).
 
 In 16 bits the matrices of a resblock are cast before they are gathered, where autocast would cast
 them after: the same numbers at half the traffic. Gradients are reduced in fp32 whatever their
 precision: a sum over a thousand 16-bit gradients loses their last bits. Gains and biases of
 resblocks, 3 in 10,000 of the 12B's parameters, are whole on every worker, in fp32 as the paper
-keeps them (appendix D.2), and their gradients are reduced in one message after the backward pass.
+keeps them (appendix D.2), and their gradients are reduced in one message.
 """
 
 import itertools
@@ -35,7 +37,8 @@ class ShardingConfig:
 
     group_size: int = 8
     """Workers that hold the weights once between them: those of a machine. Further workers are
-    replicas; fewer workers are one group."""
+    replicas; fewer workers are one group. 1 sends gradients and nothing else, if every
+    worker has room for the whole model."""
     keep_gathered: bool = False
     """Keep a resblock's gathered weights from the forward to the backward pass: a third fewer
     messages, for all of the weights in every worker's memory. The paper drops them at once."""
@@ -68,12 +71,16 @@ def shard_prior(
 ) -> DeviceMesh | None:
     """Shard over the ranks, if there are several; the mesh of all ranks, (groups, shards).
 
+    None if every rank is to have the weights whole.
+
     `branch_dtype` is the precision that weights of resblocks are gathered in; None for fp32.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     world_size = dist.get_world_size()
     shards = config.shards(world_size)
+    if shards == 1 and not config.power_sgd.enabled:
+        return None
     mesh = init_device_mesh(
         device.type, (world_size // shards, shards), mesh_dim_names=(BETWEEN, WITHIN)
     )
@@ -117,22 +124,6 @@ def shard_prior(
 def is_replicated(parameter: Tensor) -> bool:
     """Whether a resblock's parameter is whole on every worker: gains and biases."""
     return parameter.ndim == 1
-
-
-@torch.no_grad()
-def reduce_vectors(prior: Prior) -> None:
-    """Replace the gradients of what is whole on every rank by their mean over the ranks."""
-    if not isinstance(prior, FSDPModule):
-        return
-    gradients = [
-        parameter.grad
-        for parameter in prior.resblocks.parameters()
-        if is_replicated(parameter) and parameter.grad is not None
-    ]
-    message = torch.cat(gradients).div_(dist.get_world_size())
-    dist.all_reduce(message)
-    parts = message.split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(gradients, list(parts))
 
 
 def sharded_dimension(shape: Sequence[int], shards: int) -> int:

@@ -18,17 +18,21 @@ from tests.fixtures.tiny_training import tiny_batch, tiny_training, train_tiny
 
 UPDATES = 3
 HYBRID = ShardingConfig(group_size=2)
+REPLICAS = ShardingConfig(group_size=1)
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one group": {"sharding": ShardingConfig(group_size=4)},
     "one group kept gathered": {"sharding": ShardingConfig(group_size=4, keep_gathered=True)},
     "two groups": {"sharding": HYBRID},
-    "four replicas": {"sharding": ShardingConfig(group_size=1)},
+    "four replicas": {"sharding": REPLICAS},
+    "replicas' micro-batches": {"sharding": REPLICAS, "micro_batches": 2},
+    "replicas full": {"sharding": REPLICAS, "recompute": "full"},
     "kept gathered": {"sharding": replace(HYBRID, keep_gathered=True)},
     "micro-batches": {"sharding": HYBRID, "micro_batches": 2},
     "selective": {"sharding": HYBRID, "recompute": "selective"},
     "full": {"sharding": HYBRID, "recompute": "full"},
     "bf16": {"sharding": HYBRID, "precision": "bf16"},
     "bf16 selective": {"sharding": HYBRID, "precision": "bf16", "recompute": "selective"},
+    "bf16 replicas": {"sharding": REPLICAS, "precision": "bf16"},
     "bf16 full": {"sharding": HYBRID, "precision": "bf16", "recompute": "full"},
 }
 
@@ -59,10 +63,11 @@ def test_four_processes_train_like_one_in_fp32(
     torch.testing.assert_close(four["norms"], one["norms"], rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("layout", ["bf16", "bf16 replicas"])
 def test_weights_gathered_in_16_bits_give_what_autocast_gives(
-    on_four: dict[str, dict[str, Any]],
+    layout: str, on_four: dict[str, dict[str, Any]]
 ) -> None:
-    one, four = alone(precision="bf16"), on_four["bf16"]
+    one, four = alone(precision="bf16"), on_four[layout]
     # The first update's loss is the same numbers through the same products, whatever bf16 rounds.
     assert four["losses"][0] == pytest.approx(float(one["losses"][0]), rel=1e-6)
     torch.testing.assert_close(four["losses"], one["losses"], rtol=2e-3, atol=0)

@@ -103,6 +103,8 @@ SHARDED: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16"},
     "kept gathered": {"sharding": ShardingConfig(keep_gathered=True), "recompute": "none"},
     "micro-batches": {"precision": "bf16", "micro_batches": 2},
+    "replicas": {"sharding": ShardingConfig(group_size=1)},
+    "replicas bf16": {"sharding": ShardingConfig(group_size=1), "precision": "bf16"},
 }
 
 

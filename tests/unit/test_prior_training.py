@@ -213,13 +213,14 @@ def test_a_scale_is_divided_once_in_its_patience_and_stays_in_its_limits() -> No
     scales = ResblockScales(2, config, torch.device("cpu"))
     infinite = [[torch.tensor([float("inf")])], [torch.tensor([1.0])]]
     for _ in range(config.patience):
-        scales.unscale_([[tensor.clone() for tensor in block] for block in infinite])
+        flags = scales.unscale_([[tensor.clone() for tensor in block] for block in infinite])
+        scales.move(flags > 0)
     assert float(scales.values[0]) == pytest.approx(config.initial * config.backoff, rel=1e-5)
     assert float(scales.values[1]) == pytest.approx(
         config.initial * config.growth**config.patience, rel=1e-4
     )
     for _ in range(12_000):  # 2^(1/1000) a step: from 2^13 to 2^24 in 11,000
-        scales.unscale_([[torch.tensor([float("nan")])], []])
+        scales.move(scales.unscale_([[torch.tensor([float("nan")])], []]) > 0)
     assert float(scales.values[0]) == config.lowest
     assert float(scales.values[1]) == config.highest
 
