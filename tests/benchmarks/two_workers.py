@@ -22,8 +22,8 @@ from jobs.configs.train_prior import TINY
 from pipelines.data.stage import Manifest
 from pipelines.data.tokenizer import CaptionTokenizer
 from pipelines.training.prior_loop import Cadence, train_prior
-from pipelines.training.token_loader import TokenLoader
 from pipelines.training.sharding import ShardingConfig
+from pipelines.training.token_loader import TokenLoader
 from tests.benchmarks.measure import Effort, Row, significant, versions
 from tests.fixtures.datasets import TinyTokens, tiny_tokens
 
