@@ -19,11 +19,12 @@ class GradientMeans:
     """Sends gradients off while the backward pass makes the others: `finish` waits for the means.
 
     `parameters` come in the order of the forward pass, and all must have a gradient of the same
-    dtype. They travel in messages of at most an eighth of them, so that the last, which nothing is
-    left to hide behind, is short; `messages` says how many at least.
+    dtype. They travel in `messages` of about the same size, in more if these would be above
+    `AT_ONCE`. The last has nothing left to hide behind, so it should be short; on a CPU what sends
+    takes time from what computes, so there should not be many.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], *, messages: int = 8) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], *, messages: int = 4) -> None:
         self.collects = True
         """Whether the next backward pass is an update's last: those before it only add up."""
         self._messages = list(_messages(list(parameters), messages))

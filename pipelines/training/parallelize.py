@@ -112,7 +112,7 @@ def gradient_means(prior: Prior) -> GradientMeans:
         return GradientMeans([])
     whole = [p for p in prior.parameters() if not isinstance(p, DTensor)]
     # Beside shards they are few.
-    return GradientMeans(whole, messages=1 if isinstance(prior, FSDPModule) else 8)
+    return GradientMeans(whole, messages=1 if isinstance(prior, FSDPModule) else 4)
 
 
 def _assign(parameter: nn.Parameter, value: Tensor) -> None:

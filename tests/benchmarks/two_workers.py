@@ -1,24 +1,32 @@
 """Two workers of a training of the prior against one, at the same batch a worker.
 
-Real processes of one thread each, which read real shards: two of them should do twice the work.
-Two trainings that know nothing of each other say what the machine has for a second process. The
-workers are replicas, as the quickstart's are, or share the weights out; they send each other as
-much for 64 pictures as for 16. Wall time; all ways in turn.
+Real processes of one thread each, in the environment of a job's workers, which read real shards:
+two of them should do twice the work. Two trainings that know nothing of each other say what the
+machine has for a second process. The workers are replicas, as the quickstart's are, or share the
+weights out; they send each other as much for 64 pictures as for 16.
+
+All trainings are there the whole time and take turns of a few seconds, because the machine's speed
+is another from one minute to the next. Wall time.
 """
 
 import multiprocessing
 import os
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 
 from jobs.configs.train_prior import TINY
+from jobs.workers import WORKER_ENVIRONMENT
 from pipelines.data.stage import Manifest
 from pipelines.data.tokenizer import CaptionTokenizer
 from pipelines.training.prior_loop import Cadence, train_prior
@@ -27,8 +35,9 @@ from pipelines.training.token_loader import TokenLoader
 from tests.benchmarks.measure import Effort, Row, significant, versions
 from tests.fixtures.datasets import TinyTokens, tiny_tokens
 
-WARM_UP = 4
-MEASURED_SAMPLES = 320  # of a worker
+TURNS = 3  # of each way, a repeat
+TURN_SAMPLES = 256  # of a worker
+NEVER = 1_000_000
 
 
 class Way(NamedTuple):
@@ -42,22 +51,17 @@ class Way(NamedTuple):
     copies: int = 1
     """Such trainings at a time."""
 
-    @property
-    def measured(self) -> int:
-        """Updates."""
-        return MEASURED_SAMPLES // self.samples
-
 
 WAYS = {
     # Half of the quickstart's batch of two workers.
     "two-workers": Way(16, workers=2),
-    "two-workers-64": Way(64, workers=2),
     "two-workers-sharded": Way(16, workers=2, group_size=2),
+    "two-workers-64": Way(64, workers=2),
 }
 
 
 class Rates(NamedTuple):
-    """What a training, or several, did."""
+    """What a training, or several, did in a turn."""
 
     tokens: float
     """A second, of all workers."""
@@ -67,13 +71,17 @@ class Rates(NamedTuple):
 
 def rows(effort: Effort) -> list[Row]:
     """The quickstart's prior."""
-    others = {Way(samples, copies=copies) for samples in (16, 64) for copies in (1, 2)}
-    found: dict[Way, list[Rates]] = {way: [] for way in (*WAYS.values(), *sorted(others))}
+    ways = [Way(16), *WAYS.values(), Way(16, copies=2), Way(64), Way(64, copies=2)]
+    ways.sort(key=lambda way: way.samples)  # what is compared follows each other
+    found: dict[Way, list[Rates]] = {way: [] for way in ways}
     with TemporaryDirectory() as folder:
         tiny = tiny_tokens(Path(folder) / "data", rows=128)
-        for repeat in range(effort.repeats):
-            for number, (way, rates) in enumerate(found.items()):
-                rates.append(_measure(tiny, Path(folder) / f"{repeat}-{number}", way))
+        with _trainings(ways, tiny, Path(folder)) as trainings:
+            for turn in range(1 + TURNS * effort.repeats):
+                for way, workers in trainings.items():
+                    rates = _turn(way, workers)
+                    if turn:  # the first warms up
+                        found[way].append(rates)
     return [_row(name, way, found) for name, way in WAYS.items()]
 
 
@@ -94,8 +102,8 @@ def _row(name: str, way: Way, found: dict[Way, list[Rates]]) -> Row:
         ratio_min=significant(min(ratios)),
         ratio_max=significant(max(ratios)),
         versions=versions(("torch",)),
-        note=f"{way.samples} pictures a worker, gloo, {len(os.sched_getaffinity(0))} processors; "
-        "two trainings that know nothing of each other reach "
+        note=f"{way.samples} pictures a worker, gloo, {len(os.sched_getaffinity(0))} processors, "
+        f"{len(ratios)} turns; two trainings that know nothing of each other reach "
         f"{statistics.median(_ratios(strangers, alone)):.2f} times one; "
         f"waiting for input: {waits[0]:.2%} of the time with two, {waits[1]:.2%} with one",
     )
@@ -105,26 +113,47 @@ def _ratios(ours: list[Rates], theirs: list[Rates]) -> list[float]:
     return [own.tokens / other.tokens for own, other in zip(ours, theirs, strict=True)]
 
 
-def _measure(tiny: TinyTokens, path: Path, way: Way) -> Rates:
+@contextmanager
+def _trainings(
+    ways: list[Way], tiny: TinyTokens, folder: Path
+) -> Iterator[dict[Way, list[list[Connection]]]]:
+    """Trainings that wait for their turns: of each way its copies, of each copy its workers."""
     context = multiprocessing.get_context("spawn")
-    processes, receivers = [], []
-    for copy in range(way.copies):
-        (path / str(copy)).mkdir(parents=True)
-        receiver, sender = context.Pipe(duplex=False)
-        receivers.append(receiver)
-        for rank in range(way.workers):
-            arguments = (rank, way, path / str(copy), tiny, sender)
-            processes.append(context.Process(target=_work, args=arguments))
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    rates: list[Rates] = [receiver.recv() for receiver in receivers]
+    processes = []
+    trainings: dict[Way, list[list[Connection]]] = {}
+    for number, way in enumerate(ways):
+        for copy in range(way.copies):
+            (path := folder / f"{number}-{copy}").mkdir()
+            workers = []
+            for rank in range(way.workers):
+                own, others = context.Pipe()
+                workers.append(own)
+                processes.append(
+                    context.Process(target=_work, args=(rank, way, path, tiny, others), daemon=True)
+                )
+            trainings.setdefault(way, []).append(workers)
+    with patch.dict(os.environ, WORKER_ENVIRONMENT):
+        for process in processes:
+            process.start()
+    try:
+        yield trainings
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _turn(way: Way, copies: list[list[Connection]]) -> Rates:
+    for workers in copies:
+        for worker in workers:
+            worker.send("go on")
+    told = [[Rates(*worker.recv()) for worker in workers] for workers in copies]
+    rates = [of_rank_0 for of_rank_0, *_ in told]
     return Rates(sum(r.tokens for r in rates), statistics.mean(r.data_wait for r in rates))
 
 
-def _work(rank: int, way: Way, path: Path, tiny: TinyTokens, result: Any) -> None:
+def _work(rank: int, way: Way, path: Path, tiny: TinyTokens, parent: Connection) -> None:
+    """Train for ever, a turn each time that the parent says so."""
     torch.set_num_threads(1)
     if way.workers > 1:
         dist.init_process_group(
@@ -132,7 +161,7 @@ def _work(rank: int, way: Way, path: Path, tiny: TinyTokens, result: Any) -> Non
         )
     training = replace(
         TINY.training,
-        steps=WARM_UP + way.measured,
+        steps=NEVER,
         batch_samples=way.samples * way.workers,
         bpe_dropout=0.1,
         # What the workers gather they have room for.
@@ -148,20 +177,27 @@ def _work(rank: int, way: Way, path: Path, tiny: TinyTokens, result: Any) -> Non
         rank=rank,
         world_size=way.workers,
     )
-    logged: list[tuple[float, dict[str, float]]] = []
+    logged: list[tuple[float, float]] = []
+
+    def on_log(step: int, metrics: dict[str, float]) -> None:
+        logged.append((time.perf_counter(), metrics["data_wait"]))
+        if len(logged) == TURN_SAMPLES // way.samples:
+            # The first update is not counted: it had waited for its turn.
+            seconds = logged[-1][0] - logged[0][0]
+            tokens = (len(logged) - 1) * training.batch_samples * TINY.prior.stream_len
+            parent.send((tokens / seconds, statistics.mean(wait for _, wait in logged[1:])))
+            logged.clear()
+            parent.recv()
+
+    parent.recv()
     train_prior(
         TINY.prior,
         training,
-        cadence=Cadence(log_every=1, checkpoint_every=10_000, sample_every=10_000),
+        cadence=Cadence(log_every=1, checkpoint_every=NEVER, sample_every=NEVER),
         loader=loader,
         device=torch.device("cpu"),
         checkpoints=path / "checkpoints",
-        on_log=lambda step, metrics: logged.append((time.perf_counter(), metrics)),
+        on_log=on_log,
         on_resume=lambda step, said: None,
         on_weights=lambda step, weights: None,
     )
-    if rank == 0:
-        seconds = logged[-1][0] - logged[WARM_UP - 1][0]
-        tokens = way.measured * training.batch_samples * TINY.prior.stream_len
-        waits = [metrics["data_wait"] for _, metrics in logged[WARM_UP:]]
-        result.send(Rates(tokens / seconds, statistics.mean(waits)))
