@@ -2,8 +2,9 @@
 
 Real processes of one thread each, in the environment of a job's workers, which read real shards:
 two of them should do twice the work. Two trainings that know nothing of each other say what the
-machine has for a second process. The workers are replicas, as the quickstart's are, or share the
-weights out; they send each other as much for 64 pictures as for 16.
+machine has for a second process; the same two, if each waits for the other after every update and
+sends it nothing, say what it has for any two that work together. The workers are replicas, as the
+quickstart's are, or share the weights out; they send each other as much for 64 pictures as for 16.
 
 All trainings are there the whole time and take turns of a few seconds, because the machine's speed
 is another from one minute to the next. Wall time.
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -50,6 +52,8 @@ class Way(NamedTuple):
     """Workers that share the weights out."""
     copies: int = 1
     """Such trainings at a time."""
+    in_step: bool = False
+    """Whether these wait for each other after every update."""
 
 
 WAYS = {
@@ -71,7 +75,8 @@ class Rates(NamedTuple):
 
 def rows(effort: Effort) -> list[Row]:
     """The quickstart's prior."""
-    ways = [Way(16), *WAYS.values(), Way(16, copies=2), Way(64), Way(64, copies=2)]
+    ways = [Way(16), *WAYS.values(), Way(64)]
+    ways += [Way(n, copies=2, in_step=in_step) for n in (16, 64) for in_step in (False, True)]
     ways.sort(key=lambda way: way.samples)  # what is compared follows each other
     found: dict[Way, list[Rates]] = {way: [] for way in ways}
     with TemporaryDirectory() as folder:
@@ -86,9 +91,9 @@ def rows(effort: Effort) -> list[Row]:
 
 
 def _row(name: str, way: Way, found: dict[Way, list[Rates]]) -> Row:
-    ours, alone, strangers = (
-        found[which] for which in (way, Way(way.samples), Way(way.samples, copies=2))
-    )
+    ours, alone = found[way], found[Way(way.samples)]
+    strangers = found[Way(way.samples, copies=2)]
+    in_step = found[Way(way.samples, copies=2, in_step=True)]
     ratios = _ratios(ours, alone)
     waits = [statistics.median(rates.data_wait for rates in which) for which in (ours, alone)]
     return Row(
@@ -104,7 +109,9 @@ def _row(name: str, way: Way, found: dict[Way, list[Rates]]) -> Row:
         versions=versions(("torch",)),
         note=f"{way.samples} pictures a worker, gloo, {len(os.sched_getaffinity(0))} processors, "
         f"{len(ratios)} turns; two trainings that know nothing of each other reach "
-        f"{statistics.median(_ratios(strangers, alone)):.2f} times one; "
+        f"{statistics.median(_ratios(strangers, alone)):.2f} times one, and "
+        f"{statistics.median(_ratios(in_step, alone)):.2f} times if each waits for the other after "
+        "every update; "
         f"waiting for input: {waits[0]:.2%} of the time with two, {waits[1]:.2%} with one",
     )
 
@@ -120,17 +127,18 @@ def _trainings(
     """Trainings that wait for their turns: of each way its copies, of each copy its workers."""
     context = multiprocessing.get_context("spawn")
     processes = []
+    barriers = []  # held here until they are opened there
     trainings: dict[Way, list[list[Connection]]] = {}
     for number, way in enumerate(ways):
+        barriers.append(context.Barrier(way.copies) if way.in_step else None)
         for copy in range(way.copies):
             (path := folder / f"{number}-{copy}").mkdir()
             workers = []
             for rank in range(way.workers):
                 own, others = context.Pipe()
                 workers.append(own)
-                processes.append(
-                    context.Process(target=_work, args=(rank, way, path, tiny, others), daemon=True)
-                )
+                arguments = (rank, way, path, tiny, others, barriers[-1])
+                processes.append(context.Process(target=_work, args=arguments, daemon=True))
             trainings.setdefault(way, []).append(workers)
     with patch.dict(os.environ, WORKER_ENVIRONMENT):
         for process in processes:
@@ -152,7 +160,9 @@ def _turn(way: Way, copies: list[list[Connection]]) -> Rates:
     return Rates(sum(r.tokens for r in rates), statistics.mean(r.data_wait for r in rates))
 
 
-def _work(rank: int, way: Way, path: Path, tiny: TinyTokens, parent: Connection) -> None:
+def _work(
+    rank: int, way: Way, path: Path, tiny: TinyTokens, parent: Connection, barrier: Barrier | None
+) -> None:
     """Train for ever, a turn each time that the parent says so."""
     torch.set_num_threads(1)
     if way.workers > 1:
@@ -180,6 +190,8 @@ def _work(rank: int, way: Way, path: Path, tiny: TinyTokens, parent: Connection)
     logged: list[tuple[float, float]] = []
 
     def on_log(step: int, metrics: dict[str, float]) -> None:
+        if barrier:
+            barrier.wait()
         logged.append((time.perf_counter(), metrics["data_wait"]))
         if len(logged) == TURN_SAMPLES // way.samples:
             # The first update is not counted: it had waited for its turn.
