@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipelines.training import stopping
 from pipelines.training.optimizer import PriorOptimizerConfig
 from pipelines.training.prior_loop import Cadence, train_prior
 from pipelines.training.prior_trainer import PriorTraining
+from pipelines.training.sharding import ShardingConfig
 from pipelines.training.stopping import StopRequest
 from pipelines.training.token_loader import TokenBatch, TokenLoader
 from tests.fixtures.datasets import TinyTokens, tiny_tokens
@@ -72,6 +74,7 @@ def train(
     victim: int | None,
     kill_at: int,
     number: int,
+    group_size: int,
 ) -> None:
     """One process: notes losses and samples, and kills itself if it is the victim."""
     join_group(rank, world_size, path / f"meeting-{attempt}")
@@ -103,7 +106,7 @@ def train(
     with request.on_sigterm():
         finished = train_prior(
             MODEL,
-            TRAINING,
+            replace(TRAINING, sharding=ShardingConfig(group_size=group_size)),
             cadence=Cadence(log_every=1, checkpoint_every=3, sample_every=1000),
             loader=loader,
             device=torch.device("cpu"),
@@ -123,11 +126,12 @@ def attempt(
     world_size: int,
     kill: tuple[int, int] | None = None,
     by: int = signal.SIGKILL,
+    group_size: int = 2,
 ) -> None:
     """A group that trains to the end, or until (rank, step) is killed."""
     path.mkdir(exist_ok=True)
     victim, step = kill if kill else (None, 0)
-    codes = run_group(train, world_size, path, number, tiny, victim, step, by)
+    codes = run_group(train, world_size, path, number, tiny, victim, step, by, group_size)
     if by == signal.SIGTERM:
         assert codes == [STOPPED] * world_size
     elif kill is None:
@@ -152,16 +156,17 @@ def samples(path: Path, number: int, world_size: int) -> dict[int, list[str]]:
     return {step: [key for rank in ranks for key in rank[step]] for step in both}
 
 
-def check_killed(path: Path, tiny: TinyTokens, seed: int, kills: int) -> None:
+def check_killed(path: Path, tiny: TinyTokens, seed: int, kills: int, group_size: int) -> None:
     """Two processes, one of which is killed again and again at random: every bit is the same."""
     rng = random.Random(seed)
-    attempt(path / "whole", 0, tiny, 2)
+    attempt(path / "whole", 0, tiny, 2, group_size=group_size)
     whole = losses(path / "whole")
     assert sorted(whole) == list(range(1, STEPS + 1))
     at = sorted(rng.sample(range(2, STEPS + 1), kills))
     for number, step in enumerate(at):
-        attempt(path / "killed", number, tiny, 2, (rng.randrange(2), step))
-    attempt(path / "killed", kills, tiny, 2)
+        kill = rng.randrange(2), step
+        attempt(path / "killed", number, tiny, 2, kill, group_size=group_size)
+    attempt(path / "killed", kills, tiny, 2, group_size=group_size)
     assert losses(path / "killed") == whole, f"seed {seed}, killed at {at}"
     assert all(len(values) == 1 for values in whole.values())
     resumed: list[Any] = notes(path / "killed" / "resumed.jsonl")
@@ -170,14 +175,17 @@ def check_killed(path: Path, tiny: TinyTokens, seed: int, kills: int) -> None:
         assert before - 6 <= step <= before
 
 
-def test_a_killed_training_ends_in_the_same_bits(tmp_path: Path, tiny: TinyTokens) -> None:
-    check_killed(tmp_path, tiny, seed=0, kills=2)
+@pytest.mark.parametrize("group_size", [1, 2], ids=["replicas", "shards"])
+def test_a_killed_training_ends_in_the_same_bits(
+    tmp_path: Path, tiny: TinyTokens, group_size: int
+) -> None:
+    check_killed(tmp_path, tiny, seed=0, kills=2, group_size=group_size)
 
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("seed", range(1, 16))
 def test_wherever_it_is_killed(tmp_path: Path, tiny: TinyTokens, seed: int) -> None:
-    check_killed(tmp_path, tiny, seed=seed, kills=3)
+    check_killed(tmp_path, tiny, seed=seed, kills=3, group_size=1 + seed % 2)
 
 
 def test_two_workers_then_one_then_two_see_the_same_samples_in_the_same_order(
