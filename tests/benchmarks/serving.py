@@ -36,8 +36,8 @@ from pipelines.sampling.loading import ModelFiles, load_sampler
 from pipelines.training.weights import save_model
 from tests.fixtures.datasets import tiny_tokens
 from tests.fixtures.models import random_prior
+from tests.fixtures.ports import free_port
 from tests.fixtures.processes import descendants
-from tests.fixtures.ray_head import free_ports
 from tests.fixtures.samplers import sampler_pids
 
 CLIENTS = 32
@@ -137,7 +137,7 @@ def main() -> int:
             tokenizer=files.tokenizer,
             dvae=files.dvae,
             prior=files.prior,
-            port=free_ports(1)[0],
+            port=free_port(),
             device="cpu",
             slots=max(bare.best_batch, CLIENTS),
         )

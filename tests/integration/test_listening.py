@@ -19,7 +19,7 @@ from pipelines.sampling.http_app import build_app
 from pipelines.sampling.picture_source import Busy
 from tests.fixtures.http_server import model_of
 from tests.fixtures.models import tiny_models
-from tests.fixtures.ray_head import free_ports
+from tests.fixtures.ports import free_port
 
 HOST = "127.0.0.1"
 
@@ -39,7 +39,7 @@ def says(word: str, release: asyncio.Event | None = None) -> Any:
 
 def test_clients_move_to_whoever_shares_the_port_and_no_request_is_lost() -> None:
     async def scenario() -> None:
-        (port,) = free_ports(1)
+        port = free_port()
         release, seen = asyncio.Event(), Counter[str]()
         old, new = Listener(says("old", release), HOST, port), None
         async with httpx.AsyncClient(base_url=f"http://{HOST}:{port}") as client:
@@ -102,7 +102,7 @@ def test_a_full_server_refuses_before_anything_is_read(tmp_path: Path) -> None:
     """Its answer comes though the body never does, and the key is asked for all the same."""
 
     async def scenario() -> None:
-        (port,) = free_ports(1)
+        port = free_port()
         sampler = tiny_models(tmp_path, rows=8).sampler()
         app = build_app(
             Full(), model_of(sampler), Access(AccessSettings()), host_numbers_requests=False

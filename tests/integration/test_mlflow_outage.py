@@ -1,7 +1,6 @@
 """A real MLflow server that goes away and comes back: nobody waits, nothing is lost or doubled."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pipelines.training.mlflow_run import OUTBOX, run_id_of
 from pipelines.training.outbox import Outbox
 from pipelines.training.tracking import TrackingConfig, catch_up, open_run
 from tests.fixtures.cut_line import Line, line_to
+from tests.fixtures.ports import free_port
 from tests.fixtures.waiting import until
 
 CONFIG = TrackingConfig(experiment="outage")
@@ -30,9 +30,7 @@ PATIENCE = 120.0  # seconds
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of an MLflow server with a database of its own."""
     path = tmp_path_factory.mktemp("server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.data.stage import Manifest
+from tests.fixtures.ports import free_port
 
 DATASETS = ("raw", "filtered", "tokens")
 BEFORE_STAGE_ONE = ("raw", "filtered", "tokenizer")
@@ -22,13 +23,6 @@ STEPS = ("--dvae-steps", "30", "--prior-steps", "10", "--clip-steps", "4")
 SECONDS = 540
 # Killed in the middle of these files' lives: any moment will do, one a stage is tried.
 LANDMARKS = ("raw/commits/*.json", "dvae/metrics.jsonl", "tokens/plan.json")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="module")

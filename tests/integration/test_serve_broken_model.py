@@ -8,7 +8,7 @@ from jobs import deployment
 from jobs.configs.serve_sampler import ServeSamplerJob
 from pipelines.training.weights import load_prior, save_model
 from tests.fixtures.models import tiny_models
-from tests.fixtures.ray_head import free_ports
+from tests.fixtures.ports import free_port
 
 
 def test_a_model_that_cannot_make_a_picture_is_not_served(
@@ -25,7 +25,7 @@ def test_a_model_that_cannot_make_a_picture_is_not_served(
         tokenizer=models.tokenizer,
         dvae=models.dvae,
         prior=broken,
-        port=free_ports(1)[0],
+        port=free_port(),
         device="cpu",
     )
     with (

@@ -14,7 +14,8 @@ import yaml  # type: ignore[import-untyped]
 from pipelines.sampling.keys import add_key
 from pipelines.training.weights import read_header, save_model
 from tests.fixtures.models import TINY, TinyModels, random_prior, tiny_models
-from tests.fixtures.ray_head import RayHead, free_ports, ray_head, status_of
+from tests.fixtures.ports import free_port
+from tests.fixtures.ray_head import RayHead, ray_head, status_of
 from tests.fixtures.waiting import asking, until
 from tests.integration.test_serve_config import config
 
@@ -68,7 +69,7 @@ def picture(url: str, key: str) -> httpx.Response:
 def test_the_file_serves_is_updated_without_a_failed_request_and_ends(
     head: RayHead, models: TinyModels, tmp_path: Path
 ) -> None:
-    (port,) = free_ports(1)
+    port = free_port()
     url, keys = f"http://127.0.0.1:{port}", tmp_path / "keys.json"
     key = add_key(keys, "someone")
 

@@ -27,8 +27,8 @@ from pipelines.sampling.diagnosis import NonFiniteLogits
 from pipelines.sampling.picture_source import ServingLimits
 from pipelines.training.weights import load_prior, save_model
 from tests.fixtures.models import TINY, TinyModels, random_prior, tiny_clip, tiny_models
+from tests.fixtures.ports import free_port
 from tests.fixtures.processes import descendants, start_of
-from tests.fixtures.ray_head import free_ports
 from tests.fixtures.samplers import sampler_pids
 from tests.fixtures.waiting import asking, until
 
@@ -72,7 +72,7 @@ def served(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
         dvae=models.dvae,
         prior=models.prior,
         clip=clip,
-        port=free_ports(1)[0],
+        port=free_port(),
         device="cpu",
         slots=2,
         samplers=Scale(replicas=2),

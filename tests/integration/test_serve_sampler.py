@@ -28,7 +28,7 @@ from pipelines.sampling.engine import Start
 from pipelines.sampling.keys import add_key, remove_key
 from pipelines.sampling.rate_limits import RateLimits
 from tests.fixtures.models import TinyModels, tiny_models
-from tests.fixtures.ray_head import free_ports
+from tests.fixtures.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 RATE = RateLimits(pictures_per_minute=1e6, burst=1000)
@@ -66,7 +66,7 @@ def served(ray_cluster: None, models: TinyModels, tmp_path_factory: Any) -> Iter
         tokenizer=models.tokenizer,
         dvae=models.dvae,
         prior=models.prior,
-        port=free_ports(1)[0],
+        port=free_port(),
         device="cpu",
         slots=4,
         samplers=Scale(replicas=2),
@@ -265,14 +265,14 @@ def test_a_taken_port_is_said_before_anything_is_started(
 def test_a_missing_model_is_said_before_anything_is_started(
     models: TinyModels, tmp_path: Path, capsys: pytest.CaptureFixture[str], missing: str
 ) -> None:
-    arguments = line(models, tmp_path / "out", "--port", str(free_ports(1)[0]))
+    arguments = line(models, tmp_path / "out", "--port", str(free_port()))
     assert serve_sampler.main([*arguments, missing, str(tmp_path / "none")]) == 2
     assert str(tmp_path / "none") in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_a_second_server_on_the_same_cluster_is_refused(served: Served, tmp_path: Path) -> None:
-    second = dataclasses.replace(served.job, port=free_ports(1)[0], output=tmp_path / "out")
+    second = dataclasses.replace(served.job, port=free_port(), output=tmp_path / "out")
     with (
         pytest.raises(ValueError, match="does already"),
         deployment.serve_in_background(second),
@@ -283,7 +283,7 @@ def test_a_second_server_on_the_same_cluster_is_refused(served: Served, tmp_path
 
 @pytest.mark.slow
 def test_ctrl_c_ends_serving_in_order(models: TinyModels, tmp_path: Path) -> None:
-    port = str(free_ports(1)[0])
+    port = str(free_port())
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "jobs.serve_sampler"),
