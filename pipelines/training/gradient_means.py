@@ -24,7 +24,7 @@ class GradientMeans:
     takes time from what computes, so there should not be many.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], *, messages: int = 4) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], *, messages: int) -> None:
         self.collects = True
         """Whether the next backward pass is an update's last: those before it only add up."""
         self._messages = list(_messages(list(parameters), messages))

@@ -108,9 +108,8 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 def gradient_means(prior: Prior) -> GradientMeans:
     """Of the parameters that are whole on every rank, which FSDP does not know of."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return GradientMeans([])
-    whole = [p for p in prior.parameters() if not isinstance(p, DTensor)]
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    whole = [p for p in prior.parameters() if not alone and not isinstance(p, DTensor)]
     # Beside shards they are few.
     return GradientMeans(whole, messages=1 if isinstance(prior, FSDPModule) else 4)
 

@@ -136,7 +136,7 @@ def test_means_are_whole_before_they_are_used(tmp_path: Path) -> None:
 
 def _lacks_a_gradient() -> str:
     used, unused = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
-    means = GradientMeans([unused, used])
+    means = GradientMeans([unused, used], messages=1)
     used.sum().backward()
     with pytest.raises(RuntimeError) as caught:
         means.finish()

@@ -213,7 +213,10 @@ def overflows(monkeypatch: pytest.MonkeyPatch, *, filtered: bool) -> list[bool]:
     prior, scales = scaled_prior()
     scales.values[BLOCKS - 2] = 2.0**40
     backward(prior)
+    before = scales.values.clone()
     flags = scales.unscale_(resblock_gradients(prior)) > 0
+    scales.move(flags)
+    assert torch.equal(scales.values < before, flags)
     return [bool(flag) for flag in flags]
 
 
