@@ -11,6 +11,12 @@ from jobs.workers import WorkersConfig
 from pipelines.training.picture_loader import Arrays
 
 
+class Source(Protocol):
+    """What makes a loader; all of a stage that travels on to the actors that load."""
+
+    def loader(self, rank: int, world_size: int) -> Loader: ...
+
+
 class PictureStage(Protocol):
     """What a worker of such a training needs to know."""
 
@@ -20,7 +26,8 @@ class PictureStage(Protocol):
     @property
     def batch_bytes(self) -> int: ...
 
-    def loader(self, rank: int, world_size: int) -> Loader: ...
+    @property
+    def source(self) -> Source: ...
 
 
 def train_on_pictures(
@@ -47,7 +54,7 @@ def _work(argument: dict[str, Any]) -> None:
     worker = workers.this_worker()
     stage: PictureStage = argument["stage"]
     batches = batches_of(
-        partial(stage.loader, worker.rank, worker.world_size),
+        partial(stage.source.loader, worker.rank, worker.world_size),
         argument["unpack"],
         argument["loaders"],
         batch_bytes=stage.batch_bytes // worker.world_size,

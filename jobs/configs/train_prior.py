@@ -8,10 +8,12 @@ from jobs.workers import WorkersConfig
 from models.averaging import AveragingConfig
 from models.prior import PriorConfig
 from pipelines.data.storage import Location
-from pipelines.training.optimizer import PriorOptimizerConfig
-from pipelines.training.prior_loop import Cadence
-from pipelines.training.prior_trainer import PriorTraining
-from pipelines.training.sharding import ShardingConfig
+from pipelines.training.prior_training import (
+    Cadence,
+    PriorOptimizerConfig,
+    PriorTraining,
+    ShardingConfig,
+)
 from pipelines.training.training_plan import PlanConfig
 from pipelines.training.watchdog import WatchdogConfig
 

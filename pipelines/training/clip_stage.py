@@ -19,8 +19,8 @@ from pipelines.training.clip_files import CLIP_FILE
 from pipelines.training.clip_loop import Batches, train_clip
 from pipelines.training.clip_training import ClipCadence, ClipTraining
 from pipelines.training.desk import ignore
-from pipelines.training.pair_loader import PairLoader
-from pipelines.training.picture_loader import PictureLoader
+from pipelines.training.pair_loader import PairSource
+from pipelines.training.picture_loader import PictureSource
 from pipelines.training.picture_stage import ModelDesk, run_picture_stage
 from pipelines.training.watchdog import WatchdogConfig
 from pipelines.training.weights import load_stage_one, save_model
@@ -48,19 +48,19 @@ class ClipStage:
         pair = 3 * self.config.image_size**2 + 8 * (self.config.text_len + 1)
         return pair * self.training.batch_samples
 
-    def loader(self, rank: int, world_size: int) -> PairLoader:
-        """What makes a rank's batches."""
-        pictures = PictureLoader(
-            Manifest.load(self.filtered, stage="filter_pairs"),
-            self.training.crops,
+    @property
+    def source(self) -> PairSource:
+        """What makes the batches."""
+        pictures = PictureSource(
+            filtered=self.filtered,
+            crops=self.training.crops,
             image_size=self.config.image_size,
             batch_samples=self.training.batch_samples,
             seed=self.training.seed,
-            rank=rank,
-            world_size=world_size,
         )
-        captions = OwnSlots(CaptionTokenizer.from_file(self.tokenizer))
-        return PairLoader(pictures, captions, self.config.text_len)
+        return PairSource(
+            pictures=pictures, tokenizer=self.tokenizer, text_len=self.config.text_len
+        )
 
 
 def run_clip(
@@ -79,7 +79,7 @@ def run_clip(
     train = partial(
         train_clip,
         batches=batches,
-        keys=stage.loader(rank, world_size).keys,
+        keys=stage.source.loader(rank, world_size).keys,
         device=device,
         stage_one=load_stage_one(stage.dvae)[0] if stage.training.redrawn else None,
         on_weights=desk.judge if desk else ignore,

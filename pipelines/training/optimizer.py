@@ -1,59 +1,15 @@
 """AdamW with the paper's values for the prior, and the rule for its step size."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from models.schedules import PlateauConfig, PlateauHalving, cosine, linear_warmup
-from pipelines.training.adamw_rule import Moments, Rule
+from models.schedules import PlateauHalving, cosine, linear_warmup
+from pipelines.training.adamw_rule import Rule
 from pipelines.training.compact_adamw import CompactAdamW
-
-
-@dataclass(frozen=True, kw_only=True)
-class PriorOptimizerConfig:
-    """The defaults are the paper's (appendix B.2)."""
-
-    peak_lr: float = 4.5e-4
-    """Step size after the warm-up."""
-    warmup_steps: int = 5000
-    decay: Literal["plateau", "cosine"] = "plateau"
-    """Halve when the training loss stops falling (the paper), or a half cosine to peak_lr / 32."""
-    plateau: PlateauConfig = field(default_factory=PlateauConfig)
-    beta1: float = 0.9
-    beta2: float = 0.96
-    epsilon: float = 1e-8
-    weight_decay: float = 4.5e-2
-    """On the weights of Linear layers only; the paper does not say on which."""
-    clip_norm: float = 4.0
-    """Largest global norm of the gradients; 0: any."""
-    moments: Moments = "paper"
-    """How AdamW keeps the moments of the resblocks' matrices: in fp32, in bf16, or in the paper's
-    formats of 6 exponent bits, with the variance clipped to 5. All else has them in fp32."""
-    master: Literal["fp32", "split"] = "fp32"
-    """How the resblocks' matrices keep their fp32 weights: as such, or as a bf16 weight, which the
-    model uses as it is, and the 16 bits that it lacks. The paper does not say."""
-    step: Literal["after", "in_backward"] = "after"
-    """Update after the backward pass (the paper), or each resblock as soon as it has its gradients,
-    so that all gradients never exist at once."""
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.epsilon > 0):
-            raise ValueError(
-                "beta1 and beta2 must be in [0, 1) and epsilon above 0, "
-                f"got {self.beta1}, {self.beta2}, {self.epsilon}"
-            )
-        if self.clip_norm < 0:
-            raise ValueError(f"clip_norm must be above 0, or 0 for none, got {self.clip_norm}")
-        if self.step == "in_backward" and self.clip_norm:
-            raise ValueError(
-                "optimizer.step in_backward excludes optimizer.clip_norm, because the global norm "
-                f"is known only after the last update: clip_norm must be 0, got {self.clip_norm}; "
-                "or set step to after"
-            )
+from pipelines.training.prior_training import PriorOptimizerConfig
 
 
 def build_optimizer(model: nn.Module, config: PriorOptimizerConfig) -> torch.optim.Optimizer:

@@ -6,13 +6,21 @@ along.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.data.caption_slots import CaptionSlots
-from pipelines.training.picture_loader import WINDOW_SHARDS, Arrays, PictureBatch, PictureLoader
+from pipelines.data.caption_slots import CaptionSlots, OwnSlots
+from pipelines.data.tokenizer import CaptionTokenizer
+from pipelines.training.picture_loader import (
+    WINDOW_SHARDS,
+    Arrays,
+    PictureBatch,
+    PictureLoader,
+    PictureSource,
+)
 
 
 @dataclass(frozen=True)
@@ -57,3 +65,17 @@ class PairLoader:
 
     def _read_captions(self, shard: int) -> list[str]:
         return self.pictures.column(shard, "caption")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSource:
+    """As `PictureSource`."""
+
+    pictures: PictureSource
+    tokenizer: Path
+    text_len: int
+
+    def loader(self, rank: int, world_size: int) -> PairLoader:
+        """What makes a rank's batches."""
+        captions = OwnSlots(CaptionTokenizer.from_file(self.tokenizer))
+        return PairLoader(self.pictures.loader(rank, world_size), captions, self.text_len)

@@ -1,7 +1,6 @@
 """Building a prior over many processes: meta → recompute → shard → materialise → initialise."""
 
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -14,14 +13,11 @@ from models.prior import Prior, PriorConfig, Resblock, initial_values
 from models.resblock_scaling import ResblockScales
 from pipelines.training.gradient_means import GradientMeans
 from pipelines.training.power_sgd import PowerSGD
-from pipelines.training.sharding import BETWEEN, ShardingConfig, shard_prior
+from pipelines.training.prior_training import Recompute, ShardingConfig
+from pipelines.training.sharding import BETWEEN, shard_prior
 
 WRAPPER = "_checkpoint_wrapped_module."
 ALONE = ShardingConfig()
-
-Recompute = Literal["none", "selective", "full"]
-"""What of a resblock's activations is made again in the backward pass: nothing; all but what its
-large products made (LayerNorm, attention, GELU); all but its input (the paper)."""
 
 
 def build_prior(

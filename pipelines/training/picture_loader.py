@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -24,6 +25,7 @@ from pipelines.data.crops import CropConfig, random_crop
 from pipelines.data.decode import UnusablePicture, decode_picture
 from pipelines.data.split import TRAIN, Split, rows_of
 from pipelines.data.stage import Manifest
+from pipelines.data.storage import Location
 
 WINDOW_SHARDS = 4
 """Shards that are held in memory and shuffled into each other."""
@@ -191,6 +193,29 @@ class PictureLoader:
         table = self.manifest.read(self._shards[0], ["width", "height"])
         pixels = np.multiply(table["width"].to_numpy(), table["height"].to_numpy(), dtype=np.int64)
         return len(self) if 3 * int(pixels.max()) * len(self) <= DECODED_BYTES else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSource:
+    """What a loader is made of; travels to the processes that load, and knows nothing else."""
+
+    filtered: Path | Location
+    crops: CropConfig
+    image_size: int
+    batch_samples: int
+    seed: int
+
+    def loader(self, rank: int, world_size: int) -> PictureLoader:
+        """What makes a rank's batches."""
+        return PictureLoader(
+            Manifest.load(self.filtered, stage="filter_pairs"),
+            self.crops,
+            image_size=self.image_size,
+            batch_samples=self.batch_samples,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+        )
 
 
 @contextmanager

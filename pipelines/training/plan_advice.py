@@ -5,10 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from pipelines.training.optimizer import PriorOptimizerConfig
-from pipelines.training.parallelize import Recompute
 from pipelines.training.plan_memory import Setting, peak_memory
-from pipelines.training.prior_trainer import PriorTraining
+from pipelines.training.prior_training import PriorOptimizerConfig, PriorTraining, Recompute
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Literal
 from models.attention import LayerKind, MaskedAttention
 from models.prior import PriorConfig
 from pipelines.training.plan_network import compressed_shapes
-from pipelines.training.prior_trainer import PriorTraining
+from pipelines.training.prior_training import PriorTraining
 
 Device = Literal["cpu", "cuda"]
 FP32 = 4

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 
 from models.prior import Prior, PriorConfig
-from pipelines.training.sharding import ShardingConfig, is_replicated, sharded_dimension
+from pipelines.training.placement import is_replicated, sharded_dimension
+from pipelines.training.prior_training import ShardingConfig
 
 
 def sent_bytes(model: PriorConfig, sharding: ShardingConfig, shards: int) -> int:

@@ -26,8 +26,7 @@ matrix that is not finite itself keeps the error that it had: the paper sets it 
 import math
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,38 +34,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
+from pipelines.training.prior_training import PowerSGDConfig
+
 WIRE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHIFT = 1e-13  # of the squared norm: fp64's rounding of a product of 10^3 rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class PowerSGDConfig:
-    """Compression between groups of workers. Off, because fast networks hide whole gradients."""
-
-    enabled: bool = False
-    share: float = 0.28
-    """Numbers sent of a matrix's: an (m, n) shard has the largest rank r with r (m + n) at most
-    share · m n. The paper's 12B sends 5 · 896 / (4 · 3968) = 0.28, its 5.6B 0.30, its 2.8B 0.33
-    (rank 896, 640, 512 of a d × 4d matrix; table 2 counts half, for its 16 bits)."""
-    wire: Literal["fp32", "bf16"] = "bf16"
-    """Of the thin matrices on the network. The paper's is a 16-bit format of its own."""
-
-    def __post_init__(self) -> None:
-        # A square matrix has its full rank at 2, where nothing is saved and nothing lost.
-        if not 0 < self.share <= 2:
-            raise ValueError(f"power_sgd.share must be in (0, 2], got {self.share}")
-
-    def rank(self, rows: int, columns: int) -> int:
-        """Of a shard's compressed gradient; 0 if it is so small that it is sent whole."""
-        rank = int(self.share * rows * columns / (rows + columns))
-        return min(rank, rows, columns)
-
-    def sent_bytes(self, rows: int, columns: int) -> int:
-        """That a worker hands to the network for a shard in an update."""
-        rank = self.rank(rows, columns)
-        if not rank:
-            return 4 * rows * columns
-        return rank * (rows + columns) * WIRE[self.wire].itemsize
 
 
 class PowerSGD:

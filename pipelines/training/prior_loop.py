@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,32 +12,11 @@ from models.prior import Prior, PriorConfig
 from pipelines.training.block_history import BlockRecord
 from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.pace import Pace, due
-from pipelines.training.prior_trainer import PriorTrainer, PriorTraining
+from pipelines.training.prior_trainer import PriorTrainer
+from pipelines.training.prior_training import Cadence, PriorTraining
 from pipelines.training.rewinding import rewind_from_spike
 from pipelines.training.token_loader import TokenLoader
 from pipelines.training.validation import HeldOut
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cadence:
-    """How often things are written, in updates; changing it does not change the result."""
-
-    log_every: int = 10
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 2
-    sample_every: int = 5000
-    """Average weights are gathered on rank 0 and sampled from."""
-    validate_every: int = 1000
-    """Losses on held-out rows, with the weights as they are and averaged."""
-    validation_samples: int = 1024
-    """Rows of the validation split that are looked at; a smaller split whole."""
-    ask_every: int = 20
-    """Whether a machine is about to go away: all ranks wait for the answer together."""
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value < 1:
-                raise ValueError(f"cadence.{name} must be at least 1, got {value}")
 
 
 def train_prior(

@@ -17,8 +17,8 @@ from pipelines.sampling.engine import Sampler
 from pipelines.sampling.grid import captioned_rows
 from pipelines.training.block_history import BlockHistory, BlockRecord
 from pipelines.training.desk import Desk, ignore
-from pipelines.training.prior_loop import Cadence, load_weights, train_prior
-from pipelines.training.prior_trainer import PriorTraining
+from pipelines.training.prior_loop import load_weights, train_prior
+from pipelines.training.prior_training import Cadence, PriorTraining
 from pipelines.training.scale_picture import scale_picture
 from pipelines.training.stopping import StopRequest
 from pipelines.training.token_loader import TokenLoader

@@ -2,120 +2,30 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from models.averaging import AveragingConfig, IterateAverage
+from models.averaging import IterateAverage
 from models.prior import PriorConfig
-from models.resblock_scaling import ResblockScales, ResblockScalingConfig
+from models.resblock_scaling import ResblockScales
 from pipelines.training.block_history import BlockRecord
 from pipelines.training.checkpoint import Checkpoints
-from pipelines.training.optimizer import (
-    PriorOptimizerConfig,
-    StepSize,
-    adam_moments,
-    build_optimizer,
-    named_masters,
-)
-from pipelines.training.parallelize import (
-    Recompute,
-    build_prior,
-    full,
-    gradient_means,
-    plain_named_parameters,
+from pipelines.training.optimizer import StepSize, adam_moments, build_optimizer, named_masters
+from pipelines.training.parallelize import build_prior, full, gradient_means, plain_named_parameters
+from pipelines.training.prior_training import (
+    PriorTraining,
 )
 from pipelines.training.prior_updates import PriorUpdates
-from pipelines.training.sharding import ShardingConfig
-from pipelines.training.spikes import DataPosition, SpikeConfig, SpikeDetector
+from pipelines.training.spikes import DataPosition, SpikeDetector
 from pipelines.training.token_loader import TokenBatch
 from pipelines.training.validation import HeldOut, held_out_losses
 
-Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SKIPS_IN_A_ROW = 200
-
-
-@dataclass(frozen=True, kw_only=True)
-class PriorTraining:
-    """How the prior is trained. The defaults are the paper's (appendix B.2)."""
-
-    steps: int = 430_000
-    """Updates."""
-    batch_samples: int = 1024
-    """Pictures an update, over all workers; must divide by workers · micro_batches."""
-    micro_batches: int = 1
-    """Parts in which a worker runs its share of the batch."""
-    precision: Precision = "fp16"
-    """Of the resblocks' branches; the residual stream, logits and embeddings are always fp32."""
-    resblock_scaling: Literal["fp16", "always", "never"] = "fp16"
-    """When gradients are scaled per resblock: in fp16 only, in every precision, or never."""
-    scaling: ResblockScalingConfig = field(default_factory=ResblockScalingConfig)
-    optimizer: PriorOptimizerConfig = field(default_factory=PriorOptimizerConfig)
-    averaging: AveragingConfig = field(default_factory=AveragingConfig)
-    bpe_dropout: float = 0.1
-    """Share of BPE merges left out at random (paper, section 2.2)."""
-    caption_dropout: float = 0.0
-    """Share of samples whose caption is left empty, for sampling with a cond_scale; not the
-    paper's."""
-    recompute: Recompute = "full"
-    """Backwards: "selective": LayerNorm, attention, GELU; "full": whole resblocks, as the paper."""
-    sharding: ShardingConfig = field(default_factory=ShardingConfig)
-    spikes: SpikeConfig = field(default_factory=SpikeConfig)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_samples < 1 or self.micro_batches < 1:
-            raise ValueError(
-                "steps, batch_samples and micro_batches must be at least 1, "
-                f"got {self.steps}, {self.batch_samples}, {self.micro_batches}"
-            )
-        if not 0 <= self.bpe_dropout < 1:
-            raise ValueError(f"bpe_dropout must be in [0, 1), got {self.bpe_dropout}")
-        if not 0 <= self.caption_dropout < 1:
-            raise ValueError(f"caption_dropout must be in [0, 1), got {self.caption_dropout}")
-        if self.optimizer.step == "in_backward" and self.micro_batches > 1:
-            raise ValueError(
-                "optimizer.step in_backward excludes micro_batches, whose gradients would have to "
-                f"be kept: micro_batches must be 1, got {self.micro_batches}; lower batch_samples, "
-                "or set optimizer.step to after"
-            )
-        if self.optimizer.master == "split" and self.precision != "bf16":
-            raise ValueError(
-                "optimizer.master split keeps bf16 weights: precision must be bf16, "
-                f"got {self.precision}; or set optimizer.master to fp32"
-            )
-
-    def check_workers(self, num_workers: int) -> None:
-        """Refuse what only one worker can do, and a batch that cannot be shared out."""
-        if self.batch_samples % (num_workers * self.micro_batches):
-            raise ValueError(
-                "batch_samples must divide by workers · micro_batches, got "
-                f"{self.batch_samples}, {num_workers} workers and {self.micro_batches} "
-                f"micro_batches: the next that does is "
-                f"{-(-self.batch_samples // (n := num_workers * self.micro_batches)) * n}"
-            )
-        alone = {
-            "optimizer.master split": self.optimizer.master == "split",
-            "optimizer.step in_backward": self.optimizer.step == "in_backward",
-            "averaging.keep_on host": self.averaging.keep_on == "host",
-        }
-        for name, chosen in alone.items():
-            if chosen and num_workers > 1:
-                raise ValueError(
-                    f"{name} is for a training of one worker, got {num_workers}: "
-                    "workers share the state out, so leave it at its default"
-                )
-
-    @property
-    def scales_resblocks(self) -> bool:
-        return self.resblock_scaling == "always" or (
-            self.resblock_scaling == "fp16" and self.precision == "fp16"
-        )
 
 
 class PriorTrainer:

@@ -17,13 +17,8 @@ from pipelines.training.gradient_norms import (
     parameter_blocks,
     squared_norms,
 )
-from pipelines.training.optimizer import PriorOptimizerConfig
-from pipelines.training.parallelize import (
-    attach_scales,
-    local,
-    mean_over_ranks,
-    resblock_gradients,
-)
+from pipelines.training.parallelize import attach_scales, local, mean_over_ranks, resblock_gradients
+from pipelines.training.prior_training import PriorOptimizerConfig
 
 
 class Measured(NamedTuple):

@@ -14,52 +14,20 @@ keeps them (appendix D.2), and their gradients are reduced in one message.
 """
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from models.prior import Prior
 from pipelines.training.late_collectives import gather_late, reduce_late
-from pipelines.training.power_sgd import PowerSGDConfig
+from pipelines.training.placement import is_replicated, sharded_dimension
+from pipelines.training.prior_training import ShardingConfig
 
 BETWEEN, WITHIN = "between_groups", "within_group"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardingConfig:
-    """Where weights, gradients and the optimizer's state lie. The defaults are the paper's."""
-
-    group_size: int = 8
-    """Workers that hold the weights once between them: those of a machine. Further workers are
-    replicas; fewer workers are one group. 1 sends gradients and nothing else, if every
-    worker has room for the whole model."""
-    keep_gathered: bool = False
-    """Keep a resblock's gathered weights from the forward to the backward pass: a third fewer
-    messages, for all of the weights in every worker's memory. The paper drops them at once."""
-    power_sgd: PowerSGDConfig = field(default_factory=PowerSGDConfig)
-
-    def __post_init__(self) -> None:
-        if self.group_size < 1:
-            raise ValueError(f"group_size must be at least 1, got {self.group_size}")
-
-    def shards(self, world_size: int) -> int:
-        """Workers that hold the weights once between them.
-
-        Raises ValueError if the workers are not a whole number of groups.
-        """
-        shards = min(self.group_size, world_size)
-        if world_size % shards:
-            raise ValueError(
-                f"the number of workers must divide by sharding.group_size, got {world_size} "
-                f"workers and groups of {shards}: change either"
-            )
-        return shards
 
 
 def shard_prior(
@@ -119,20 +87,6 @@ def shard_prior(
             # Those that are kept gathered make room one after the other in the backward pass.
             reduce_late(units, at_most=len(units) if config.keep_gathered else 2)
     return mesh
-
-
-def is_replicated(parameter: Tensor) -> bool:
-    """Whether a resblock's parameter is whole on every worker: gains and biases."""
-    return parameter.ndim == 1
-
-
-def sharded_dimension(shape: Sequence[int], shards: int) -> int:
-    """The MLP's second matrix (C, 4C) along its longer side, so that shards are nearer a square.
-
-    All others along their rows, which are as many as their columns or more. A square compresses
-    best: an (m, n) matrix of rank r is sent as r(m + n) numbers.
-    """
-    return int(len(shape) == 2 and shape[1] > shape[0] and shape[1] % shards == 0)
 
 
 def _prefetch(prior: Prior, *, all_at_once: bool) -> None:

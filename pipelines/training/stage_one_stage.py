@@ -13,7 +13,7 @@ from pipelines.data.stage import Manifest
 from pipelines.data.storage import Location
 from pipelines.training.codebook_picture import codebook_picture
 from pipelines.training.desk import ignore
-from pipelines.training.picture_loader import PictureLoader
+from pipelines.training.picture_loader import PictureSource
 from pipelines.training.picture_stage import ModelDesk, run_picture_stage
 from pipelines.training.stage_one_loop import Batches, train_stage_one
 from pipelines.training.stage_one_training import StageOneCadence, StageOneTraining
@@ -45,16 +45,15 @@ class StageOneStage:
         """Of an update's pictures, over all ranks."""
         return 3 * self.config.image_size**2 * self.training.batch_samples
 
-    def loader(self, rank: int, world_size: int) -> PictureLoader:
-        """What makes a rank's batches."""
-        return PictureLoader(
-            Manifest.load(self.filtered, stage="filter_pairs"),
-            self.training.crops,
+    @property
+    def source(self) -> PictureSource:
+        """What makes the batches."""
+        return PictureSource(
+            filtered=self.filtered,
+            crops=self.training.crops,
             image_size=self.config.image_size,
             batch_samples=self.training.batch_samples,
             seed=self.training.seed,
-            rank=rank,
-            world_size=world_size,
         )
 
 
@@ -79,9 +78,9 @@ def run_stage_one(
     train = partial(
         train_stage_one,
         batches=batches,
-        keys=stage.loader(rank, world_size).keys,
+        keys=stage.source.loader(rank, world_size).keys,
         device=device,
-        shown=stage.loader(0, 1).batch(0).pixels[:SHOWN_PICTURES],
+        shown=stage.source.loader(0, 1).batch(0).pixels[:SHOWN_PICTURES],
         on_images=desk.show if desk else ignore,
     )
     run_picture_stage(stage, desk, train, rank=rank, world_size=world_size)

@@ -11,7 +11,7 @@ from typing import Literal
 from models.prior import PriorConfig
 from pipelines.training.plan_memory import Device, Kinds, Setting, parameter_counts, peak_memory
 from pipelines.training.plan_network import sent_bytes, vector_bytes
-from pipelines.training.prior_trainer import PriorTraining
+from pipelines.training.prior_training import PriorTraining
 
 GIB = 2**30
 # MiB by nvidia-smi, and TFLOP/s of dense 16-bit products by the data sheets. V100: the paper's.

@@ -17,7 +17,8 @@ from models.prior import PriorConfig
 from pipelines.data.storage import CHUNK_BYTES
 from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.checkpoint_files import attempts
-from pipelines.training.prior_trainer import PriorTrainer, PriorTraining
+from pipelines.training.prior_trainer import PriorTrainer
+from pipelines.training.prior_training import PriorTraining
 from pipelines.training.token_loader import TokenBatch
 from tests.benchmarks.measure import Effort, Row, significant, versions
 from tests.benchmarks.prior import tokens

@@ -22,7 +22,8 @@ from models.prior import Prior, PriorConfig
 from pipelines.data.stage import Manifest
 from pipelines.data.storage import replace_file
 from pipelines.data.tokenizer import CaptionTokenizer
-from pipelines.training.optimizer import PriorOptimizerConfig, StepSize, build_optimizer
+from pipelines.training.optimizer import StepSize, build_optimizer
+from pipelines.training.prior_training import PriorOptimizerConfig
 from pipelines.training.token_loader import TokenBatch, TokenLoader
 from tests.benchmarks import peers
 from tests.benchmarks.measure import versions

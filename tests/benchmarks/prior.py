@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from models.attention import MaskedAttention, stream_mask
 from models.flexible_attention import SparseKind
 from models.prior import Prior, PriorConfig
-from pipelines.training.optimizer import PriorOptimizerConfig, build_optimizer
+from pipelines.training.optimizer import build_optimizer
+from pipelines.training.prior_training import PriorOptimizerConfig
 from tests.benchmarks import peers
 from tests.benchmarks.measure import Effort, Row, compare_speed
 

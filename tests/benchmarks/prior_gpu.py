@@ -29,9 +29,13 @@ from models.averaging import AveragingConfig
 from models.prior import START_ID, PriorConfig
 from pipelines.data.stage import Manifest
 from pipelines.data.tokenizer import CaptionTokenizer
-from pipelines.training.optimizer import PriorOptimizerConfig
-from pipelines.training.parallelize import Recompute
-from pipelines.training.prior_trainer import Precision, PriorTrainer, PriorTraining
+from pipelines.training.prior_trainer import PriorTrainer
+from pipelines.training.prior_training import (
+    Precision,
+    PriorOptimizerConfig,
+    PriorTraining,
+    Recompute,
+)
 from pipelines.training.scale_picture import scale_picture
 from pipelines.training.token_loader import TokenBatch, TokenLoader
 

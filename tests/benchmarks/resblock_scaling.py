@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 
 from models.prior import PriorConfig
-from pipelines.training.optimizer import PriorOptimizerConfig
-from pipelines.training.prior_trainer import Precision, PriorTrainer, PriorTraining
+from pipelines.training.prior_trainer import PriorTrainer
+from pipelines.training.prior_training import Precision, PriorOptimizerConfig, PriorTraining
 from pipelines.training.token_loader import TokenBatch
 from tests.benchmarks.measure import Effort, Row, compare_speed
 from tests.benchmarks.prior import LONG, SHORT, lengths, tokens

@@ -31,8 +31,8 @@ from jobs.configs.train_prior import TINY
 from jobs.workers import WORKER_ENVIRONMENT
 from pipelines.data.stage import Manifest
 from pipelines.data.tokenizer import CaptionTokenizer
-from pipelines.training.prior_loop import Cadence, train_prior
-from pipelines.training.sharding import ShardingConfig
+from pipelines.training.prior_loop import train_prior
+from pipelines.training.prior_training import Cadence, ShardingConfig
 from pipelines.training.token_loader import TokenLoader
 from tests.benchmarks.measure import Effort, Row, significant, versions
 from tests.fixtures.datasets import TinyTokens, tiny_tokens

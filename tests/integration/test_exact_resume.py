@@ -16,10 +16,13 @@ from models.prior import PriorConfig
 from pipelines.data.stage import Manifest
 from pipelines.data.tokenizer import CaptionTokenizer
 from pipelines.training import stopping
-from pipelines.training.optimizer import PriorOptimizerConfig
-from pipelines.training.prior_loop import Cadence, train_prior
-from pipelines.training.prior_trainer import PriorTraining
-from pipelines.training.sharding import ShardingConfig
+from pipelines.training.prior_loop import train_prior
+from pipelines.training.prior_training import (
+    Cadence,
+    PriorOptimizerConfig,
+    PriorTraining,
+    ShardingConfig,
+)
 from pipelines.training.stopping import StopRequest
 from pipelines.training.token_loader import TokenBatch, TokenLoader
 from tests.fixtures.datasets import TinyTokens, tiny_tokens

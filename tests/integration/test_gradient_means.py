@@ -13,7 +13,7 @@ import torch.distributed as dist
 from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.gradient_means import GradientMeans
 from pipelines.training.prior_trainer import PriorTrainer
-from pipelines.training.sharding import ShardingConfig
+from pipelines.training.prior_training import ShardingConfig
 from tests.fixtures.ranks import on_ranks
 from tests.fixtures.tiny_training import MODEL, tiny_batch, tiny_training, train_tiny, weights_of
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from pipelines.training import late_collectives
-from pipelines.training.sharding import ShardingConfig
+from pipelines.training.prior_training import ShardingConfig
 from tests.fixtures.ranks import on_ranks
 from tests.fixtures.tiny_training import tiny_training, train_tiny
 

@@ -10,12 +10,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.training.checkpoint import Checkpoints
-from pipelines.training.optimizer import PriorOptimizerConfig
 from pipelines.training.parallelize import full, plain_named_parameters
 from pipelines.training.plan_network import sent_bytes
-from pipelines.training.power_sgd import PowerSGDConfig, orthonormal
-from pipelines.training.prior_trainer import PriorTrainer, PriorTraining
-from pipelines.training.sharding import ShardingConfig
+from pipelines.training.power_sgd import orthonormal
+from pipelines.training.prior_trainer import PriorTrainer
+from pipelines.training.prior_training import (
+    PowerSGDConfig,
+    PriorOptimizerConfig,
+    PriorTraining,
+    ShardingConfig,
+)
 from tests.fixtures.ranks import on_ranks
 from tests.fixtures.tiny_training import (
     MODEL,

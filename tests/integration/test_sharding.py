@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.prior import Prior, PriorConfig, count_parameters
-from pipelines.training.parallelize import Recompute, build_prior
-from pipelines.training.sharding import ShardingConfig
+from pipelines.training.parallelize import build_prior
+from pipelines.training.prior_training import Recompute, ShardingConfig
 from tests.fixtures.allocation import peak_bytes
 from tests.fixtures.ranks import on_ranks
 from tests.fixtures.tiny_training import tiny_batch, tiny_training, train_tiny

@@ -12,8 +12,8 @@ from models.sixteen_bit import MEAN, VARIANCE, join, split
 from pipelines.training import adamw_rule
 from pipelines.training.adamw_rule import Factors, Moments, Rule, State, update_
 from pipelines.training.compact_adamw import LOWER_BITS, PIECE, CompactAdamW
-from pipelines.training.optimizer import PriorOptimizerConfig, build_optimizer, named_masters
-from pipelines.training.prior_trainer import PriorTraining
+from pipelines.training.optimizer import build_optimizer, named_masters
+from pipelines.training.prior_training import PriorOptimizerConfig, PriorTraining
 from tests.unit.test_prior_training import MODEL
 
 MOMENTS: list[Moments] = ["fp32", "bf16", "paper"]

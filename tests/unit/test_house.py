@@ -142,6 +142,24 @@ def test_importing_does_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_only_those_who_train_wait_for_what_trains() -> None:
+    """FSDP and DTensor are a second and 60 MB of every process that imports them."""
+    configs = [f"jobs.configs.{file.stem}" for file in (ROOT / "jobs/configs").glob("[a-z]*.py")]
+    loaders = ["jobs.picture_stream", "pipelines.training.pair_loader", "jobs.encoding_actors"]
+    servers = ["jobs.serving_application", "pipelines.sampling.batch_process"]
+    script = (
+        "import importlib, sys\n"
+        f"for module in {[*configs, *loaders, *servers]}:\n"
+        "    importlib.import_module(module)\n"
+        "    for heavy in ('torch.distributed.fsdp', 'torch.distributed.tensor'):\n"
+        "        assert heavy not in sys.modules, (module, heavy)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("file", "line", "contract"),
     [

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from pipelines.training.prior_loop import Cadence, train_prior
+from pipelines.training.prior_loop import train_prior
+from pipelines.training.prior_training import Cadence
 from pipelines.training.token_loader import TokenBatch
 from tests.fixtures.tiny_training import MODEL, tiny_batch, tiny_training
 

@@ -10,11 +10,14 @@ import torch.distributed as dist
 
 from models.averaging import AveragingConfig
 from models.prior import PriorConfig, count_parameters
-from pipelines.training.optimizer import PriorOptimizerConfig
-from pipelines.training.parallelize import Recompute
 from pipelines.training.plan_memory import Setting, parameter_counts, peak_memory
-from pipelines.training.prior_trainer import PriorTrainer, PriorTraining
-from pipelines.training.sharding import ShardingConfig
+from pipelines.training.prior_trainer import PriorTrainer
+from pipelines.training.prior_training import (
+    PriorOptimizerConfig,
+    PriorTraining,
+    Recompute,
+    ShardingConfig,
+)
 from pipelines.training.token_loader import TokenBatch
 from tests.fixtures.allocation import peak_bytes
 from tests.fixtures.ranks import on_ranks

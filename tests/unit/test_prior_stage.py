@@ -11,8 +11,8 @@ from mlflow import MlflowClient
 
 from models.prior import PriorConfig
 from pipelines.training.mlflow_run import run_id_of
-from pipelines.training.prior_loop import Cadence
 from pipelines.training.prior_stage import ODD_FILE, PRIOR_FILE, PriorStage, run_prior_stage
+from pipelines.training.prior_training import Cadence
 from pipelines.training.run_directory import read_result
 from pipelines.training.stopping import StopRequest
 from pipelines.training.tracking import TrackingConfig, open_run

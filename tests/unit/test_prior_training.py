@@ -13,10 +13,10 @@ from models.averaging import AveragingConfig
 from models.prior import PriorConfig
 from models.resblock_scaling import ResblockScales
 from pipelines.training.checkpoint_files import COMPLETE, attempts
-from pipelines.training.optimizer import PriorOptimizerConfig
 from pipelines.training.parallelize import resblock_gradients
-from pipelines.training.prior_loop import Cadence, train_prior
-from pipelines.training.prior_trainer import PriorTrainer, PriorTraining
+from pipelines.training.prior_loop import train_prior
+from pipelines.training.prior_trainer import PriorTrainer
+from pipelines.training.prior_training import Cadence, PriorOptimizerConfig, PriorTraining
 from pipelines.training.token_loader import TokenBatch
 from tests.fixtures.ranks import run_ranks
 

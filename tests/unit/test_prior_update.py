@@ -15,9 +15,9 @@ from models.averaging import AveragingConfig
 from models.resblock_scaling import ResblockScalingConfig
 from pipelines.training.backward_updates import BackwardUpdates
 from pipelines.training.gradient_norms import parameter_blocks, squared_norms
-from pipelines.training.optimizer import PriorOptimizerConfig
 from pipelines.training.parallelize import local, resblock_gradients
-from pipelines.training.prior_trainer import PriorTrainer, PriorTraining
+from pipelines.training.prior_trainer import PriorTrainer
+from pipelines.training.prior_training import PriorOptimizerConfig, PriorTraining
 from pipelines.training.token_loader import TokenBatch
 from tests.fixtures.ranks import run_ranks
 from tests.unit.test_prior_training import MODEL, STEPS, Batches, Killed, run, same, training

@@ -15,9 +15,9 @@ from models import prior as prior_module
 from models.linear import Linear
 from models.prior import Prior
 from models.resblock_scaling import ResblockScales, ResblockScalingConfig
-from pipelines.training.optimizer import PriorOptimizerConfig
-from pipelines.training.parallelize import Recompute, attach_scales, build_prior, resblock_gradients
+from pipelines.training.parallelize import attach_scales, build_prior, resblock_gradients
 from pipelines.training.prior_trainer import PriorTrainer
+from pipelines.training.prior_training import PriorOptimizerConfig, Recompute
 from tests.unit.test_prior_training import MODEL, Batches, training
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ from models.prior import PAD_ID, START_ID
 from pipelines.data.stage import Manifest
 from pipelines.data.tokenizer import CaptionTokenizer
 from pipelines.sampling.image_tokens import null_prompt
-from pipelines.training.prior_trainer import PriorTraining
+from pipelines.training.prior_training import PriorTraining
 from pipelines.training.token_loader import TokenLoader
 from tests.fixtures.datasets import TinyTokens, tiny_tokens
 from tests.fixtures.models import TINY

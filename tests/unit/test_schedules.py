@@ -8,7 +8,8 @@ from torch import nn
 
 from models.averaging import AveragingConfig, IterateAverage
 from models.schedules import PlateauConfig, PlateauHalving, cosine, linear_warmup
-from pipelines.training.optimizer import PriorOptimizerConfig, StepSize, build_optimizer
+from pipelines.training.optimizer import StepSize, build_optimizer
+from pipelines.training.prior_training import PriorOptimizerConfig
 
 
 def test_the_cosine_starts_ends_and_stays() -> None:

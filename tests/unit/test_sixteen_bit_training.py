@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from jobs.configs.train_prior import TINY
-from pipelines.training.optimizer import PriorOptimizerConfig
-from pipelines.training.prior_trainer import Precision, PriorTrainer
+from pipelines.training.prior_trainer import PriorTrainer
+from pipelines.training.prior_training import Precision, PriorOptimizerConfig
 from pipelines.training.token_loader import TokenBatch
 
 MODEL = TINY.prior

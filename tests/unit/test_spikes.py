@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.training.prior_loop import Cadence, train_prior
-from pipelines.training.prior_trainer import PriorTraining
+from pipelines.training.prior_loop import train_prior
+from pipelines.training.prior_training import Cadence, PriorTraining
 from pipelines.training.spikes import DataPosition, SpikeConfig, SpikeDetector
 from pipelines.training.token_loader import TokenBatch
 from tests.fixtures.tiny_training import MODEL, learnable_batch, tiny_training

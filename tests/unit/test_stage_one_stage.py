@@ -20,7 +20,7 @@ from tests.fixtures.datasets import filtered_pairs
 
 def run(stage: StageOneStage) -> list[dict[str, Any]]:
     """The rows that it leaves in metrics.jsonl."""
-    loader = stage.loader(0, 1)
+    loader = stage.source.loader(0, 1)
 
     def batches(first: int, last: int) -> Any:
         return prefetch(lambda step: PictureBatch.unpack(loader.arrays(step)), first, last)

@@ -13,9 +13,9 @@ from pipelines.data.stage import Manifest
 from pipelines.data.tokenizer import CaptionTokenizer
 from pipelines.evaluation.losses import token_losses
 from pipelines.training.parallelize import plain_named_parameters
-from pipelines.training.prior_loop import Cadence, load_weights
+from pipelines.training.prior_loop import load_weights
 from pipelines.training.prior_trainer import PriorTrainer
-from pipelines.training.sharding import ShardingConfig
+from pipelines.training.prior_training import Cadence, ShardingConfig
 from pipelines.training.token_loader import TokenLoader, read_tokens
 from pipelines.training.validation import HeldOut
 from tests.fixtures.datasets import TinyTokens, tiny_tokens
