@@ -23,6 +23,7 @@ from pipelines.data import s3, s3_lease
 from pipelines.data.stage import DatasetWriter
 from tests.chaos import broken
 from tests.chaos.doom import Doom, Steps
+from tests.fixtures.forks import forks
 
 VERBS = {"download_pairs": download_pairs, "filter_pairs": filter_pairs}
 WORKERS = 2
@@ -32,15 +33,6 @@ PATIENCE = {
     "FIRST_PAUSE_S": 0.002,
     "LONGEST_PAUSE_S": 0.05,
 }
-# Imported once, by the server whose forks all lines are.
-PRELOADED = [
-    "tests.chaos.line",
-    "boto3.session",
-    "cld3",
-    "mlflow.store.tracking.sqlalchemy_store",
-    "pytest",
-]
-FORKS = multiprocessing.get_context("forkserver")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +57,7 @@ class Line:
 
 def start(line: Line) -> ForkServerProcess:
     """Start the line; its exit code is the job's, or -9."""
-    FORKS.set_forkserver_preload(PRELOADED)
-    process = FORKS.Process(target=_run, args=(line,))
+    process = forks().Process(target=_run, args=(line,))
     process.start()
     return process
 

@@ -19,9 +19,10 @@ from tests.fixtures.ray_head import RayHead, ray_head, status_of
 from tests.fixtures.waiting import asking, until
 from tests.integration.test_serve_config import config
 
-PATIENCE = 120.0  # seconds
+# Seconds. New samplers are four processes that import torch, beside those that still serve.
+PATIENCE = 240.0
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")

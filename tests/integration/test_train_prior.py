@@ -98,7 +98,7 @@ def test_training_goes_on_without_mlflow(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the discard port: refused
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     out = tmp_path / "prior"
-    assert train_prior.main(arguments(tiny, out)) == 0
+    assert train_prior.main(arguments(tiny, out, "--workers.num-workers=1")) == 0
     assert "going on without it" in capsys.readouterr().err
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [4, 8, 12]

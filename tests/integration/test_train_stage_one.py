@@ -130,8 +130,9 @@ def test_a_collapsed_codebook_is_said_loudly(
     filtered: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Of so many codes, two batches of 8 pictures can use a few: under one in a hundred.
-    more = ("--dvae.vocab-size=16384", "--loaders.per-worker=0", "--dvae.n-init=4")
-    assert train_dvae.main(arguments("dvae", filtered, tmp_path / "dvae", *more)) == 0
+    more = ("--dvae.vocab-size=16384", "--dvae.n-init=4")
+    alone = ("--workers.num-workers=1", "--loaders.per-worker=0")
+    assert train_dvae.main(arguments("dvae", filtered, tmp_path / "dvae", *more, *alone)) == 0
     out = capsys.readouterr().out
     assert "THE CODEBOOK HAS COLLAPSED" in out
     rows = [json.loads(line) for line in (tmp_path / "dvae/metrics.jsonl").open()]

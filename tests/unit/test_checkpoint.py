@@ -1,6 +1,5 @@
 """Checkpoints: killed at every file operation, damaged in every file, and never loaded in part."""
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -19,6 +18,7 @@ from pipelines.data.plan import OutputConflict
 from pipelines.training import checkpoint
 from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.checkpoint_files import COMPLETE, attempts, is_complete
+from tests.fixtures.forks import forks
 
 SETTINGS = {"prior": {"n_layers": 2}}
 WRITES = {"os.mkdir", "os.link", "os.rename", "os.remove", "os.rmdir"}
@@ -92,9 +92,7 @@ def _save_and_die(root: Path, at: int) -> None:
 
 def die_at(root: Path, operation: int) -> bool:
     """Whether the process was killed; False if it has fewer operations."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=_save_and_die, args=(root, operation))
+    process = forks().Process(target=_save_and_die, args=(root, operation))
     process.start()
     process.join(120)
     assert process.exitcode in (0, -signal.SIGKILL)
