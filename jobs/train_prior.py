@@ -51,7 +51,7 @@ def train(job: TrainPriorJob) -> dict[str, Any]:
         CaptionTokenizer.from_file(job.tokenizer),
         dvae_digest=sha256_file(job.dvae),
     )
-    settings = {"prior": asdict(job.prior), "training": asdict(job.training)}
+    settings = {"prior": asdict(job.prior), "training": job.training.settings()}
     inputs = {"tokens": manifest.digest} | manifest.inputs
     return train_once(
         job.output / PRIOR_FILE,
@@ -68,13 +68,14 @@ def _train(job: TrainPriorJob, settings: dict[str, Any], inputs: dict[str, str])
         "dvae": job.dvae.parent,
         "tokenizer": job.tokenizer.parent,
     }
+    layout = {f"layout.{name}": str(value) for name, value in job.training.layout().items()}
     with training_run(
         job.tracking,
         job.output,
         stage="train_prior",
         steps=job.training.steps,
         settings=settings,
-        tags=run_tags(inputs, parents),
+        tags=run_tags(inputs, parents) | layout,
         shown=("image_loss", "text_loss"),
     ) as uri:
         stage = PriorStage(

@@ -87,11 +87,20 @@ class PriorConfig:
 
 
 class PriorLosses(NamedTuple):
-    """Cross-entropies in nats per token; `total` is what is trained."""
+    """Cross-entropies in nats per token."""
 
-    total: Tensor
     text: Tensor
     image: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """What is trained: the picture is what matters (paper, appendix B.1)."""
+        return self.text / 8 + self.image * 7 / 8
+
+
+def counted(text_tokens: Tensor) -> Tensor:
+    """Which slots 1 … of captions (B, T) have a loss, (B, T - 1): not padding behind padding."""
+    return (text_tokens[:, 1:] != PAD_ID) | (text_tokens[:, :-1] != PAD_ID)
 
 
 class Resblock(nn.Module):
@@ -218,19 +227,13 @@ class Prior(nn.Module):
             parameters[name].copy_(value)
 
     def forward(self, text_tokens: Tensor, image_tokens: Tensor) -> PriorLosses:
-        """Losses of captions (B, text_len) with their pictures (B, grid²), both int64.
-
-        Each kind's cross-entropy is the mean over its tokens in the batch; they are weighed 1/8 and
-        7/8, because the picture is what matters (paper, appendix B.1).
-        """
+        """Means over the tokens of captions (B, text_len) and their pictures (B, grid²), int64."""
         x = self.encode(text_tokens, image_tokens)
         text_x, image_x = x[:, : self.config.text_len - 1], x[:, self.config.text_len - 1 : -1]
-        targets = text_tokens[:, 1:]
-        # A target counts unless it is padding behind padding: the first one ends the caption.
-        counts = (targets != PAD_ID) | (text_tokens[:, :-1] != PAD_ID)
-        text = mean_cross_entropy(text_x[counts], self.text_head, targets[counts])
+        counts = counted(text_tokens)
+        text = mean_cross_entropy(text_x[counts], self.text_head, text_tokens[:, 1:][counts])
         image = mean_cross_entropy(image_x.flatten(0, 1), self.image_head, image_tokens.flatten())
-        return PriorLosses(total=text / 8 + image * 7 / 8, text=text, image=image)
+        return PriorLosses(text=text, image=image)
 
     def logits(self, text_tokens: Tensor, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
         """fp32 logits of text slots 1… (B, text_len - 1, V) and of the image tokens (B, grid², K).

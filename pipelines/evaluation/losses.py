@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.prior import PAD_ID, Prior
+from models.prior import Prior, counted
 
 OnRows = Callable[[int], None]
 
@@ -41,8 +41,7 @@ def token_losses(
     ):
         text, image = text.to(device), image.to(device)
         text_logits, image_logits = prior.logits(text, image)
-        targets = text[:, 1:]
-        counts = (targets != PAD_ID) | (text[:, :-1] != PAD_ID)  # the first padding is predicted
+        targets, counts = text[:, 1:], counted(text)
         text_sum += float(F.cross_entropy(text_logits[counts], targets[counts], reduction="sum"))
         text_count += int(counts.sum())
         image_sum += float(

@@ -51,7 +51,7 @@ def train_prior(
     and gives all the same: once true, there is a checkpoint at once, and the training goes on.
     """
     trainer = PriorTrainer(model, training, device)
-    settings = {"prior": asdict(model), "training": asdict(training)}
+    settings = {"prior": asdict(model), "training": training.settings()}
     saved = Checkpoints(
         checkpoints, keep=cadence.keep_checkpoints, settings=settings, on_failure=on_notice
     )

@@ -21,6 +21,7 @@ from pipelines.training.prior_training import (
 )
 from pipelines.training.prior_updates import PriorUpdates
 from pipelines.training.spikes import DataPosition, SpikeDetector
+from pipelines.training.text_weights import TextWeights
 from pipelines.training.token_loader import TokenBatch
 from pipelines.training.validation import HeldOut, held_out_losses
 
@@ -32,7 +33,7 @@ class PriorTrainer:
     """The state of a training; every rank holds its shards."""
 
     def __init__(self, model: PriorConfig, training: PriorTraining, device: torch.device) -> None:
-        training.check_workers(dist.get_world_size() if dist.is_initialized() else 1)
+        training.check_workers(_ranks())
         self.training, self.device = training, device
         self.prior, self.power_sgd = build_prior(
             model,
@@ -100,6 +101,7 @@ class PriorTrainer:
         """Accumulate the gradients; this rank's (total, text, image) losses."""
         parts = self.training.micro_batches
         micro_batches = list(_split(batch, parts, self.device))
+        weights = TextWeights([micro.text_tokens for micro in micro_batches])
         losses = torch.zeros(3, device=self.device)
         for index, micro in enumerate(micro_batches):
             self.means.collects = index == parts - 1
@@ -107,8 +109,9 @@ class PriorTrainer:
                 self.prior.set_requires_gradient_sync(index == parts - 1)
             with self._autocast():
                 loss = self.prior(micro.text_tokens, micro.image_tokens)
+            loss = loss._replace(text=loss.text * weights.of(index))
             (loss.total / parts).backward()
-            losses += torch.stack([value.detach() for value in loss]) / parts
+            losses += torch.stack([loss.total, *loss]).detach() / parts
         self.means.finish()
         return losses
 
@@ -133,12 +136,11 @@ class PriorTrainer:
 
     def held_out_losses(self, held_out: HeldOut) -> dict[str, float]:
         """`validation.…`: losses with the weights as they are and averaged; every rank must ask."""
-        ranks = dist.get_world_size() if dist.is_initialized() else 1
         return held_out_losses(
             self.prior,
             self.average.shadow,
             held_out,
-            batch_samples=self.training.batch_samples // (ranks * self.training.micro_batches),
+            batch_samples=self.training.batch_samples // (_ranks() * self.training.micro_batches),
             device=self.device,
             autocast=self._autocast,
         )
@@ -161,6 +163,7 @@ class PriorTrainer:
             "step_size": self.step_size.plateau.state_dict(),
             "data": self.data.state_dict(),
             "spikes": self.spikes.state_dict(),
+            "layout": self._layout(),
         }
         checkpoints.save(self.step, self._state(), progress)
 
@@ -176,7 +179,16 @@ class PriorTrainer:
         self.step_size.plateau.load_state_dict(progress["step_size"])
         self.data.load_state_dict(progress["data"])
         self.spikes.load_state_dict(progress["spikes"])
+        before, now = progress["layout"], self._layout()
+        changes = [
+            f"{name} {before[name]} → {now[name]}" for name in now if before[name] != now[name]
+        ]
+        if changes:
+            found.said.append(f"laid out anew, losses agree to rounding: {', '.join(changes)}")
         return found.said
+
+    def _layout(self) -> dict[str, Any]:
+        return {"workers": _ranks()} | self.training.layout()
 
     def _state(self) -> dict[str, Any]:
         """All tensors, by names that do not depend on how the model is wrapped or sharded."""
@@ -194,6 +206,10 @@ class PriorTrainer:
             for key, value in state["moments"][name].items():
                 self.optimizer.state[parameter][key] = value
         self.scales.load_state_dict(state["scales"])
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _split(batch: TokenBatch, parts: int, device: torch.device) -> Iterator[TokenBatch]:

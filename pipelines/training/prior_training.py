@@ -1,7 +1,9 @@
 """How the prior is trained: what a result depends on, and what it does not."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from functools import reduce
+from operator import getitem
+from typing import Any, Literal
 
 from models.averaging import AveragingConfig
 from models.resblock_scaling import ResblockScalingConfig
@@ -192,6 +194,28 @@ class PriorTraining:
                     f"{name} is for a training of one worker, got {num_workers}: "
                     "workers share the state out, so leave it at its default"
                 )
+
+    def settings(self) -> dict[str, Any]:
+        """All that a result depends on: what a checkpoint must agree with."""
+        settings = asdict(self)
+        for name in self.layout():
+            *parts, last = name.split(".")
+            del reduce(getitem, parts, settings)[last]
+        return settings
+
+    def layout(self) -> dict[str, Any]:
+        """How the work is spread over workers and time, by field.
+
+        It changes no result but by rounding, and a training may go on with another one.
+        """
+        layout = {
+            "micro_batches": self.micro_batches,
+            "recompute": self.recompute,
+            "sharding.keep_gathered": self.sharding.keep_gathered,
+        }
+        if self.sharding.power_sgd.enabled:  # it compresses shards: their shapes count
+            return layout
+        return layout | {"sharding.group_size": self.sharding.group_size}
 
     @property
     def scales_resblocks(self) -> bool:

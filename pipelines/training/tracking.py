@@ -122,13 +122,14 @@ def open_run(
 ) -> Iterator[Tracker]:
     """The MLflow run of an output, ended as FINISHED, FAILED or KILLED by how the block ends.
 
-    A job that goes on where it stopped goes on in the run it had.
+    A job that goes on where it stopped goes on in the run it had; the tags are the newest one's.
     """
     tracker = Tracker(directory, uri)
     wanted = {"experiment": config.experiment, "stage": stage, "tags": dict(tags)}
     replace_file(directory / WANTED_FILE, canonical_json(wanted))
     with _run(directory, uri).courier(directory / METRICS_FILE):
         tracker.log_params(settings)
+        tracker.set_tags(tags)
         try:
             yield tracker
         except KeyboardInterrupt:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from models.prior import PAD_ID, Prior
+from models.prior import Prior, counted
 from pipelines.data.split import VALIDATION
 from pipelines.data.stage import Manifest
 from pipelines.data.tokenizer import CaptionTokenizer
@@ -79,7 +79,7 @@ def held_out_losses(
             text, image = batch.text_tokens.to(device), batch.image_tokens.to(device)
             with autocast():
                 loss = prior(text, image)
-            words = ((text[:, 1:] != PAD_ID) | (text[:, :-1] != PAD_ID)).sum()
+            words = counted(text).sum()
             if count:
                 sums += torch.stack(
                     [loss.text * words, words, loss.image * count, words * 0 + count]

@@ -68,6 +68,9 @@ def test_two_workers_train_a_prior_and_a_second_run_does_nothing(
     assert "nothing to do" in again[0]
     assert json.loads(again[-1])["sha256"] == first["sha256"]
 
+    layout = ("--training.recompute=full", "--training.sharding.group-size=2")
+    assert train_prior.main(arguments(tiny, out, *layout, "--training.micro-batches=2")) == 0
+    assert "nothing to do" in capsys.readouterr().out
     assert train_prior.main(arguments(tiny, out, "--training.seed=1")) == 2
     assert re.search(r'\+ +"seed": 1', capsys.readouterr().err)
 

@@ -12,11 +12,18 @@ from torch import Tensor
 from models.averaging import AveragingConfig
 from models.prior import PriorConfig
 from models.resblock_scaling import ResblockScales
+from pipelines.data.plan import OutputConflict
 from pipelines.training.checkpoint_files import COMPLETE, attempts
 from pipelines.training.parallelize import resblock_gradients
 from pipelines.training.prior_loop import train_prior
 from pipelines.training.prior_trainer import PriorTrainer
-from pipelines.training.prior_training import Cadence, PriorOptimizerConfig, PriorTraining
+from pipelines.training.prior_training import (
+    Cadence,
+    PowerSGDConfig,
+    PriorOptimizerConfig,
+    PriorTraining,
+    ShardingConfig,
+)
 from pipelines.training.token_loader import TokenBatch
 from tests.fixtures.ranks import run_ranks
 
@@ -60,7 +67,8 @@ class Batches:
         generator = torch.Generator().manual_seed(step)
         text = torch.randint(2, 20, (self.batch_samples, MODEL.text_len), generator=generator)
         text[:, 0] = 1
-        text[:, 4:] = 0
+        lengths = torch.randint(2, MODEL.text_len + 1, (self.batch_samples, 1), generator=generator)
+        text = text.where(torch.arange(MODEL.text_len) < lengths, 0)
         image = torch.randint(0, 12, (self.batch_samples, MODEL.image_len), generator=generator)
         share = self.batch_samples // self.world_size
         part = slice(self.rank * share, (self.rank + 1) * share)
@@ -127,9 +135,39 @@ def test_a_killed_and_resumed_training_ends_in_the_same_bits(
 def test_micro_batches_change_nothing_but_rounding(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole")
     parts = run(tmp_path / "parts", how=training(micro_batches=4))
-    # Captions of equal length, so that the mean of the parts' means is the mean.
-    assert parts["log"][1]["loss"] == pytest.approx(whole["log"][1]["loss"], rel=1e-5)
-    assert parts["log"][STEPS]["loss"] == pytest.approx(whole["log"][STEPS]["loss"], rel=1e-3)
+    for step in range(1, STEPS + 1):
+        for name in ("loss", "text_loss", "image_loss"):
+            expected = whole["log"][step][name]
+            assert parts["log"][step][name] == pytest.approx(expected, rel=1e-5), (step, name)
+
+
+def test_a_training_goes_on_in_another_layout_but_not_with_other_settings(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", kill_at=5)
+    with pytest.raises(OutputConflict, match='"seed": 1'):
+        run(tmp_path / "killed", how=training(seed=1))
+    sharding = ShardingConfig(group_size=1, keep_gathered=True)
+    how = training(micro_batches=2, recompute="full", sharding=sharding)
+    resumed = run(tmp_path / "killed", how=how)
+    ((step, said),) = resumed["resumed"]
+    assert step == 4
+    assert "micro_batches 1 → 2, recompute none → full" in said[-1]
+    assert "sharding.group_size 8 → 1" in said[-1]
+    for step in (5, 6):
+        expected = whole["log"][step]["loss"]
+        assert resumed["log"][step]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_power_sgd_compresses_is_no_matter_of_layout() -> None:
+    power_sgd = PowerSGDConfig(enabled=True)
+    plain, other, compressed, in_fours = (
+        training(sharding=ShardingConfig(group_size=size, power_sgd=how)).settings()
+        for how in (PowerSGDConfig(), power_sgd)
+        for size in (8, 4)
+    )
+    assert plain == other
+    assert compressed != in_fours
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
