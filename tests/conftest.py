@@ -32,6 +32,7 @@ os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
+    "LOG_NAME_UPDATE_INTERVAL_S": "3600",  # nobody reads what Ray's log monitor would collect
     "MLFLOW_TRACKING_URI": f"sqlite:///{_PRIVATE}/mlflow.db",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",

@@ -84,7 +84,7 @@ def test_a_drained_node_costs_no_update_that_was_made_before_it_was_known(
     drain = [
         *(RAY, "drain-node", "--address", cluster.address, "--node-id", node.node_id),
         *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a better bid"),
-        *("--deadline-remaining-seconds", "5"),
+        *("--deadline-remaining-seconds", "60"),
     ]
     subprocess.run(drain, check=True, capture_output=True, timeout=60)
     add_node(cluster)

@@ -126,20 +126,6 @@ def test_a_driver_that_is_told_to_end_stops_after_a_checkpoint(
     assert not (out / "dvae.safetensors").exists()
 
 
-def test_a_collapsed_codebook_is_said_loudly(
-    filtered: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    # Of so many codes, two batches of 8 pictures can use a few: under one in a hundred.
-    more = ("--dvae.vocab-size=16384", "--dvae.n-init=4")
-    alone = ("--workers.num-workers=1", "--loaders.per-worker=0")
-    assert train_dvae.main(arguments("dvae", filtered, tmp_path / "dvae", *more, *alone)) == 0
-    out = capsys.readouterr().out
-    assert "THE CODEBOOK HAS COLLAPSED" in out
-    rows = [json.loads(line) for line in (tmp_path / "dvae/metrics.jsonl").open()]
-    assert len([row for row in rows if "notice" in row]) == 1
-    assert [row["codebook_collapsed"] for row in rows if "notice" not in row] == [1.0, 1.0]
-
-
 def test_too_few_processors_are_said_before_anything_starts(
     filtered: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

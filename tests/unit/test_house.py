@@ -143,7 +143,7 @@ def test_importing_does_nothing(tmp_path: Path) -> None:
 
 
 def test_only_those_who_train_wait_for_what_trains() -> None:
-    """FSDP and DTensor are a second and 60 MB of every process that imports them."""
+    """FSDP and DTensor are about a second and 50 MB of every process that imports them."""
     configs = [f"jobs.configs.{file.stem}" for file in (ROOT / "jobs/configs").glob("[a-z]*.py")]
     loaders = ["jobs.picture_stream", "pipelines.training.pair_loader", "jobs.encoding_actors"]
     servers = ["jobs.serving_application", "pipelines.sampling.batch_process"]

@@ -1,12 +1,14 @@
 """One worker's part of training stage one, without Ray: what it leaves, stopped and resumed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from models.dvae import DVAEConfig
+from models.dvae_objective import DVAESchedule
 from pipelines.data.stage import Manifest
 from pipelines.training.checkpoint_files import attempts, is_complete
 from pipelines.training.picture_loader import PictureBatch, prefetch
@@ -29,19 +31,35 @@ def run(stage: StageOneStage) -> list[dict[str, Any]]:
     return [json.loads(row) for row in (stage.output / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_training_that_is_asked_to_stop_leaves_a_checkpoint_and_goes_on(tmp_path: Path) -> None:
-    pairs: Manifest = filtered_pairs(tmp_path / "filtered", rows=8)
-    stage = StageOneStage(
-        output=tmp_path / "dvae",
+def stage_in(path: Path, vocab_size: int = 12) -> StageOneStage:
+    pairs: Manifest = filtered_pairs(path / "filtered", rows=8)
+    config = DVAEConfig(
+        image_size=16, vocab_size=vocab_size, n_hid=8, n_init=6, group_count=3, n_blk_per_group=1
+    )
+    return StageOneStage(
+        output=path / "dvae",
         filtered=pairs.path,
-        config=DVAEConfig(
-            image_size=16, vocab_size=12, n_hid=8, n_init=6, group_count=3, n_blk_per_group=1
-        ),
+        config=config,
         training=DVAETraining(steps=3, batch_samples=2, precision="fp32"),
         cadence=StageOneCadence(log_every=1, checkpoint_every=100, images_every=3),
         tracking_uri="",
         watchdog=WatchdogConfig(patience_seconds=300),
     )
+
+
+def test_a_collapsed_codebook_is_said_loudly_and_once(tmp_path: Path) -> None:
+    # Of so many codes, two pictures can use a few: under one in a hundred.
+    stage = stage_in(tmp_path, vocab_size=8192)
+    schedule = DVAESchedule(beta_steps=1)  # until its end no codebook counts as collapsed
+    training = DVAETraining(steps=3, batch_samples=2, precision="fp32", schedule=schedule)
+    rows = run(replace(stage, training=training))
+    (said,) = [row["notice"] for row in rows if "notice" in row]
+    assert "THE CODEBOOK HAS COLLAPSED" in said
+    assert [row["codebook_collapsed"] for row in rows if "notice" not in row] == [0.0, 1.0, 1.0]
+
+
+def test_a_training_that_is_asked_to_stop_leaves_a_checkpoint_and_goes_on(tmp_path: Path) -> None:
+    stage = stage_in(tmp_path)
     request = StopRequest(stage.output)
     stage.output.mkdir()
     request.ask()
