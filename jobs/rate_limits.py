@@ -8,6 +8,7 @@ from pipelines.sampling.rate_limits import RateLimits, TokenBuckets
 NAMESPACE = "manray"
 # It answers in a millisecond; whoever waits longer is refused instead of let through.
 PATIENCE_SECONDS = 2.0
+STARTING_SECONDS = 30.0  # before its first answer it is a process that starts on a busy machine
 
 
 class SharedBudget:
@@ -20,6 +21,7 @@ class SharedBudget:
     def __init__(self, limits: RateLimits) -> None:
         self._limits = limits
         self._limited = limits.pictures_per_minute > 0
+        self._patience = STARTING_SECONDS
         if self._limited:
             self._actor = self._find()
 
@@ -32,7 +34,7 @@ class SharedBudget:
         try:
             return await self._take(holder, pictures)
         except RayActorError:
-            self._actor = self._find()
+            self._actor, self._patience = self._find(), STARTING_SECONDS
             return await self._take(holder, pictures)
 
     async def give_back(self, holder: str, pictures: int) -> None:
@@ -41,8 +43,10 @@ class SharedBudget:
             self._actor.give_back.remote(holder, pictures)
 
     async def _take(self, holder: str, pictures: int) -> float:
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            return float(await self._actor.take.remote(holder, pictures))
+        async with asyncio.timeout(self._patience):
+            seconds = float(await self._actor.take.remote(holder, pictures))
+        self._patience = PATIENCE_SECONDS
+        return seconds
 
     def _find(self) -> Any:
         import ray
