@@ -20,8 +20,7 @@ from pipelines.training.clip_loop import Batches, train_clip
 from pipelines.training.clip_training import ClipCadence, ClipTraining
 from pipelines.training.desk import ignore
 from pipelines.training.pair_loader import PairSource
-from pipelines.training.picture_loader import PictureSource
-from pipelines.training.picture_stage import ModelDesk, run_picture_stage
+from pipelines.training.picture_stage import ModelDesk, picture_source, run_picture_stage
 from pipelines.training.watchdog import WatchdogConfig
 from pipelines.training.weights import load_stage_one, save_model
 
@@ -51,15 +50,10 @@ class ClipStage:
     @property
     def source(self) -> PairSource:
         """What makes the batches."""
-        pictures = PictureSource(
-            filtered=self.filtered,
-            crops=self.training.crops,
-            image_size=self.config.image_size,
-            batch_samples=self.training.batch_samples,
-            seed=self.training.seed,
-        )
         return PairSource(
-            pictures=pictures, tokenizer=self.tokenizer, text_len=self.config.text_len
+            pictures=picture_source(self),
+            tokenizer=self.tokenizer,
+            text_len=self.config.text_len,
         )
 
 

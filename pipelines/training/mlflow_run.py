@@ -66,8 +66,7 @@ class MlflowRun:
                 batch = [entities.Param(name, value) for name, value in values.items()]
                 self._client.log_batch(run_id, params=batch)
             elif kind == "tags":
-                batch = [entities.RunTag(name, value) for name, value in values.items()]
-                self._client.log_batch(run_id, tags=batch)
+                self._client.log_batch(run_id, tags=_tags(values))
             elif kind == "image":
                 self._enter_picture(entry, attachment, was_tried)
             elif kind == "file":
@@ -110,6 +109,7 @@ class MlflowRun:
         run_id = run_id_of(self.directory)
         try:
             self._client.update_run(run_id, status="RUNNING")
+            self._client.log_batch(run_id, tags=_tags(self.tags))
         except MlflowException as error:
             if error.error_code in FOR_GOOD:  # the database was removed
                 return ""
@@ -156,6 +156,12 @@ def _say(uri: str, error: Exception | None, metrics: Path) -> None:
             "until it answers, in this run of the job or the next"
         )
     print(words, file=sys.stderr, flush=True)
+
+
+def _tags(values: Mapping[str, str]) -> list[Any]:
+    from mlflow.entities import RunTag
+
+    return [RunTag(name, value) for name, value in values.items()]
 
 
 def client_of(uri: str) -> Any:

@@ -14,6 +14,7 @@ from models.resblock_scaling import ResblockScales
 from pipelines.training.gradient_means import GradientMeans
 from pipelines.training.power_sgd import PowerSGD
 from pipelines.training.prior_training import Recompute, ShardingConfig
+from pipelines.training.ranks import world_size
 from pipelines.training.sharding import BETWEEN, shard_prior
 
 WRAPPER = "_checkpoint_wrapped_module."
@@ -96,15 +97,15 @@ def full(tensor: Tensor) -> Tensor:
 
 def mean_over_ranks(values: Tensor) -> Tensor:
     """A small tensor's mean; `values` is not to be used again."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if world_size() == 1:
         return values
     dist.all_reduce(values)  # gloo has no average
-    return values / dist.get_world_size()
+    return values / world_size()
 
 
 def gradient_means(prior: Prior) -> GradientMeans:
     """Of the parameters that are whole on every rank, which FSDP does not know of."""
-    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    alone = world_size() == 1
     whole = [p for p in prior.parameters() if not alone and not isinstance(p, DTensor)]
     # Beside shards they are few.
     return GradientMeans(whole, messages=1 if isinstance(prior, FSDPModule) else 4)

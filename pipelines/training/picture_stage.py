@@ -6,7 +6,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from pipelines.data.storage import Location
 from pipelines.training.desk import Desk, ignore
+from pipelines.training.picture_loader import PictureSource
 from pipelines.training.stopping import StopRequest
 from pipelines.training.watchdog import Watchdog, WatchdogConfig
 
@@ -17,6 +19,8 @@ class PictureStage(Protocol):
     @property
     def output(self) -> Path: ...
     @property
+    def filtered(self) -> Path | Location: ...
+    @property
     def config(self) -> Any: ...
     @property
     def training(self) -> Any: ...
@@ -24,6 +28,17 @@ class PictureStage(Protocol):
     def cadence(self) -> Any: ...
     @property
     def watchdog(self) -> WatchdogConfig: ...
+
+
+def picture_source(stage: PictureStage) -> PictureSource:
+    """What makes the loaders of a stage's pictures."""
+    return PictureSource(
+        filtered=stage.filtered,
+        crops=stage.training.crops,
+        image_size=stage.config.image_size,
+        batch_samples=stage.training.batch_samples,
+        seed=stage.training.seed,
+    )
 
 
 class ModelDesk(Desk):

@@ -34,9 +34,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from pipelines.training.prior_training import PowerSGDConfig
+from pipelines.training.prior_training import WIRE, PowerSGDConfig
 
-WIRE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHIFT = 1e-13  # of the squared norm: fp64's rounding of a product of 10^3 rows
 
 

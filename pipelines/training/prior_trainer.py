@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
@@ -16,10 +15,9 @@ from pipelines.training.block_history import BlockRecord
 from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.optimizer import StepSize, adam_moments, build_optimizer, named_masters
 from pipelines.training.parallelize import build_prior, full, gradient_means, plain_named_parameters
-from pipelines.training.prior_training import (
-    PriorTraining,
-)
+from pipelines.training.prior_training import PriorTraining
 from pipelines.training.prior_updates import PriorUpdates
+from pipelines.training.ranks import rank, world_size
 from pipelines.training.spikes import DataPosition, SpikeDetector
 from pipelines.training.text_weights import TextWeights
 from pipelines.training.token_loader import TokenBatch
@@ -33,7 +31,7 @@ class PriorTrainer:
     """The state of a training; every rank holds its shards."""
 
     def __init__(self, model: PriorConfig, training: PriorTraining, device: torch.device) -> None:
-        training.check_workers(_ranks())
+        training.check_workers(world_size())
         self.training, self.device = training, device
         self.prior, self.power_sgd = build_prior(
             model,
@@ -110,8 +108,9 @@ class PriorTrainer:
             with self._autocast():
                 loss = self.prior(micro.text_tokens, micro.image_tokens)
             loss = loss._replace(text=loss.text * weights.of(index))
-            (loss.total / parts).backward()
-            losses += torch.stack([loss.total, *loss]).detach() / parts
+            total = loss.total
+            (total / parts).backward()
+            losses += torch.stack([total, *loss]).detach() / parts
         self.means.finish()
         return losses
 
@@ -140,14 +139,15 @@ class PriorTrainer:
             self.prior,
             self.average.shadow,
             held_out,
-            batch_samples=self.training.batch_samples // (_ranks() * self.training.micro_batches),
+            batch_samples=self.training.batch_samples
+            // (world_size() * self.training.micro_batches),
             device=self.device,
             autocast=self._autocast,
         )
 
     def averaged_weights(self) -> dict[str, Tensor]:
         """The averaged weights, whole, on rank 0's CPU (empty elsewhere); every rank must ask."""
-        is_first = not dist.is_initialized() or dist.get_rank() == 0
+        is_first = rank() == 0
         weights = {}
         for name, value in self.average.shadow.items():
             whole = full(value)
@@ -188,7 +188,7 @@ class PriorTrainer:
         return found.said
 
     def _layout(self) -> dict[str, Any]:
-        return {"workers": _ranks()} | self.training.layout()
+        return {"workers": world_size()} | self.training.layout()
 
     def _state(self) -> dict[str, Any]:
         """All tensors, by names that do not depend on how the model is wrapped or sharded."""
@@ -206,10 +206,6 @@ class PriorTrainer:
             for key, value in state["moments"][name].items():
                 self.optimizer.state[parameter][key] = value
         self.scales.load_state_dict(state["scales"])
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _split(batch: TokenBatch, parts: int, device: torch.device) -> Iterator[TokenBatch]:

@@ -5,6 +5,8 @@ from functools import reduce
 from operator import getitem
 from typing import Any, Literal
 
+import torch
+
 from models.averaging import AveragingConfig
 from models.resblock_scaling import ResblockScalingConfig
 from models.schedules import PlateauConfig
@@ -17,7 +19,7 @@ Recompute = Literal["none", "selective", "full"]
 """What of a resblock's activations is made again in the backward pass: nothing; all but what its
 large products made (LayerNorm, attention, GELU); all but its input (the paper)."""
 
-WIRE_BYTES = {"fp32": 4, "bf16": 2}
+WIRE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ class PowerSGDConfig:
         rank = self.rank(rows, columns)
         if not rank:
             return 4 * rows * columns
-        return rank * (rows + columns) * WIRE_BYTES[self.wire]
+        return rank * (rows + columns) * WIRE[self.wire].itemsize
 
 
 @dataclass(frozen=True, kw_only=True)

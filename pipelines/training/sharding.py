@@ -16,7 +16,6 @@ keeps them (appendix D.2), and their gradients are reduced in one message.
 import itertools
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -26,6 +25,7 @@ from models.prior import Prior
 from pipelines.training.late_collectives import gather_late, reduce_late
 from pipelines.training.placement import is_replicated, sharded_dimension
 from pipelines.training.prior_training import ShardingConfig
+from pipelines.training.ranks import world_size
 
 BETWEEN, WITHIN = "between_groups", "within_group"
 
@@ -43,17 +43,17 @@ def shard_prior(
 
     `branch_dtype` is the precision that weights of resblocks are gathered in; None for fp32.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    ranks = world_size()
+    if ranks == 1:
         return None
-    world_size = dist.get_world_size()
-    shards = config.shards(world_size)
+    shards = config.shards(ranks)
     if shards == 1 and not config.power_sgd.enabled:
         return None
     mesh = init_device_mesh(
-        device.type, (world_size // shards, shards), mesh_dim_names=(BETWEEN, WITHIN)
+        device.type, (ranks // shards, shards), mesh_dim_names=(BETWEEN, WITHIN)
     )
     # PowerSGD reduces between the groups itself; then FSDP must not know of them.
-    one_level = world_size == shards or config.power_sgd.enabled
+    one_level = ranks == shards or config.power_sgd.enabled
     used = mesh[WITHIN] if one_level else mesh
 
     def place(parameter: nn.Parameter) -> Shard:
@@ -83,7 +83,7 @@ def shard_prior(
     if on_cpu:
         units = [module for module in prior.modules() if isinstance(module, FSDPModule)]
         gather_late(units)
-        if world_size == shards and not config.power_sgd.enabled:
+        if ranks == shards and not config.power_sgd.enabled:
             # Those that are kept gathered make room one after the other in the backward pass.
             reduce_late(units, at_most=len(units) if config.keep_gathered else 2)
     return mesh

@@ -14,7 +14,7 @@ from pipelines.data.storage import Location
 from pipelines.training.codebook_picture import codebook_picture
 from pipelines.training.desk import ignore
 from pipelines.training.picture_loader import PictureSource
-from pipelines.training.picture_stage import ModelDesk, run_picture_stage
+from pipelines.training.picture_stage import ModelDesk, picture_source, run_picture_stage
 from pipelines.training.stage_one_loop import Batches, train_stage_one
 from pipelines.training.stage_one_training import StageOneCadence, StageOneTraining
 from pipelines.training.watchdog import WatchdogConfig
@@ -48,13 +48,7 @@ class StageOneStage:
     @property
     def source(self) -> PictureSource:
         """What makes the batches."""
-        return PictureSource(
-            filtered=self.filtered,
-            crops=self.training.crops,
-            image_size=self.config.image_size,
-            batch_samples=self.training.batch_samples,
-            seed=self.training.seed,
-        )
+        return picture_source(self)
 
 
 def model_file(output: Path, config: StageOneConfig) -> Path:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.prior import counted
+from pipelines.training.ranks import world_size
 
 
 class TextWeights:
@@ -19,16 +20,13 @@ class TextWeights:
 
     def __init__(self, captions: Sequence[Tensor]) -> None:
         """Begin to count: `captions` (B, text_len) are the micro batches'. Every rank must."""
+        ranks = world_size()
         tokens = torch.stack([counted(part).sum() for part in captions]).float()
-        self._share, self._all = tokens * len(captions), tokens.sum()
-        self._counting = None
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            self._share *= dist.get_world_size()
-            self._counting = dist.all_reduce(self._all, async_op=True)
+        self._share, self._all = tokens * (len(captions) * ranks), tokens.sum()
+        self._counting = dist.all_reduce(self._all, async_op=True) if ranks > 1 else None
 
     def of(self, part: int) -> Tensor:
         """A number on the captions' device; waits for the other ranks' counts."""
         if self._counting is not None:
             self._counting.wait()
-            self._counting = None
         return self._share[part] / self._all

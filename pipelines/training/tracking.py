@@ -129,7 +129,6 @@ def open_run(
     replace_file(directory / WANTED_FILE, canonical_json(wanted))
     with _run(directory, uri).courier(directory / METRICS_FILE):
         tracker.log_params(settings)
-        tracker.set_tags(tags)
         try:
             yield tracker
         except KeyboardInterrupt:

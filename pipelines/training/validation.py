@@ -15,6 +15,7 @@ from pipelines.data.split import VALIDATION
 from pipelines.data.stage import Manifest
 from pipelines.data.tokenizer import CaptionTokenizer
 from pipelines.training.parallelize import plain_named_parameters
+from pipelines.training.ranks import rank, world_size
 from pipelines.training.token_loader import TokenBatch, read_tokens
 
 
@@ -69,13 +70,10 @@ def held_out_losses(
 
     `averaged` are the averaged weights by name, `batch_samples` those of a rank's forward pass.
     """
-    rank, world_size = 0, 1
-    if dist.is_initialized():
-        rank, world_size = dist.get_rank(), dist.get_world_size()
 
     def losses(prefix: str) -> dict[str, float]:
         sums = torch.zeros(4, dtype=torch.float64, device=device)
-        for batch, count in held_out.shares(batch_samples, rank, world_size):
+        for batch, count in held_out.shares(batch_samples, rank(), world_size()):
             text, image = batch.text_tokens.to(device), batch.image_tokens.to(device)
             with autocast():
                 loss = prior(text, image)
@@ -84,7 +82,7 @@ def held_out_losses(
                 sums += torch.stack(
                     [loss.text * words, words, loss.image * count, words * 0 + count]
                 )
-        if world_size > 1:
+        if world_size() > 1:
             dist.all_reduce(sums)
         text_sum, text_tokens, image_sum, pictures = sums.tolist()
         return {

@@ -5,8 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from jobs.progress import FollowMetrics
 from models.dvae import DVAEConfig
 from models.dvae_objective import DVAESchedule
 from pipelines.data.stage import Manifest
@@ -16,6 +18,7 @@ from pipelines.training.run_directory import read_result
 from pipelines.training.stage_one_stage import StageOneStage, run_stage_one
 from pipelines.training.stage_one_training import DVAETraining, StageOneCadence
 from pipelines.training.stopping import StopRequest
+from pipelines.training.tracking import METRICS_FILE
 from pipelines.training.watchdog import WatchdogConfig
 from tests.fixtures.datasets import filtered_pairs
 
@@ -47,12 +50,16 @@ def stage_in(path: Path, vocab_size: int = 12) -> StageOneStage:
     )
 
 
-def test_a_collapsed_codebook_is_said_loudly_and_once(tmp_path: Path) -> None:
+def test_a_collapsed_codebook_is_said_loudly_and_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # Of so many codes, two pictures can use a few: under one in a hundred.
     stage = stage_in(tmp_path, vocab_size=8192)
     schedule = DVAESchedule(beta_steps=1)  # until its end no codebook counts as collapsed
     training = DVAETraining(steps=3, batch_samples=2, precision="fp32", schedule=schedule)
-    rows = run(replace(stage, training=training))
+    with FollowMetrics(stage.output / METRICS_FILE, "train_dvae", 3, ("hard_elb",)):
+        rows = run(replace(stage, training=training))
+    assert capsys.readouterr().out.count("THE CODEBOOK HAS COLLAPSED") == 1
     (said,) = [row["notice"] for row in rows if "notice" in row]
     assert "THE CODEBOOK HAS COLLAPSED" in said
     assert [row["codebook_collapsed"] for row in rows if "notice" not in row] == [0.0, 1.0, 1.0]

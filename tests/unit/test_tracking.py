@@ -47,10 +47,11 @@ def test_a_run_keeps_settings_tags_metrics_and_pictures_per_step(tmp_path: Path)
 
 def test_a_job_that_goes_on_goes_on_in_its_run(tmp_path: Path) -> None:
     out, uri = tmp_path / "out", uri_of(tmp_path)
-    arguments = {"stage": "train", "settings": {}, "tags": {}, "directory": out, "uri": uri}
+    arguments = {"stage": "train", "settings": {}, "directory": out, "uri": uri}
 
     def fail() -> None:
-        with open_run(CONFIG, **arguments) as tracker:  # type: ignore[arg-type]
+        tags = {"layout": "wide"}
+        with open_run(CONFIG, tags=tags, **arguments) as tracker:  # type: ignore[arg-type]
             tracker.log_metrics({"loss": 3.0}, step=1)
             tracker.log_metrics({"loss": 2.0}, step=2)
             raise RuntimeError
@@ -59,11 +60,14 @@ def test_a_job_that_goes_on_goes_on_in_its_run(tmp_path: Path) -> None:
         fail()
     first = run_id_of(out)
     assert MlflowClient(uri).get_run(first).info.status == "FAILED"
-    with open_run(CONFIG, **arguments) as tracker:  # type: ignore[arg-type]
+    assert MlflowClient(uri).get_run(first).data.tags["layout"] == "wide"
+    tags = {"layout": "deep"}
+    with open_run(CONFIG, tags=tags, **arguments) as tracker:  # type: ignore[arg-type]
         tracker.rewind(1)
         tracker.log_metrics({"loss": 2.1}, step=2)
     assert run_id_of(out) == first
     assert MlflowClient(uri).get_run(first).info.status == "FINISHED"
+    assert MlflowClient(uri).get_run(first).data.tags["layout"] == "deep"
     assert [(row["step"], row["loss"]) for row in rows_of(out)] == [(1, 3.0), (2, 2.1)]
 
 
